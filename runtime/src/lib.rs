@@ -1,1 +1,19 @@
-//! placeholder
+//! Forebay: a heterogeneous memory offload runtime.
+#![deny(missing_docs)]
+
+mod bytes;
+mod device;
+mod error;
+mod model;
+mod operation;
+pub mod ops;
+mod queue;
+mod tensor;
+mod trainer;
+
+pub use bytes::{Bytes, BytesError};
+pub use error::{Error, Result};
+pub use model::{Init, Model, Section, SectionId, Stage, StageId, TensorSpec};
+pub use operation::{Element, HostArgs, HostContext, Operation};
+pub use tensor::{DType, Shape, Tensor, TensorMut};
+pub use trainer::{Finished, Footprint, Frame, Pass, StageLease, Step, footprint};

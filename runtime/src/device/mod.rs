@@ -1,0 +1,91 @@
+//! The seam between the engine and a device: one block of memory, three streams, events, copies
+//! and launches. The engine never asks which device it has.
+//!
+//! Everything a stream is given runs in order on that stream and nothing else orders anything:
+//! two streams are ordered by [`Device::wait`] alone. `host` gives a CPU this shape.
+
+pub(crate) mod host;
+
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::operation::Launch;
+
+/// The streams of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    /// Operations.
+    Compute,
+    /// Copies from pinned memory to the device.
+    H2d,
+    /// Copies from the device to pinned memory.
+    D2h,
+}
+
+/// All that was queued on a stream up to some moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Event {
+    pub(crate) stream: Stream,
+    pub(crate) seq: u64,
+}
+
+/// A place in device memory, by address and length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) address: u64,
+    pub(crate) bytes: u64,
+}
+
+/// What a device is and does. One object drives one device; calls come from one thread at a time.
+pub(crate) trait Device: Send {
+    /// Its name, for people.
+    fn name(&self) -> String;
+
+    /// The one block of memory that is its budget.
+    fn memory(&self) -> Span;
+
+    /// Queues a copy into device memory on `stream` and returns the event of its end.
+    ///
+    /// # Safety
+    /// `source` is readable for `to.bytes` bytes and nobody writes it until the event; `to` lies in
+    /// [`Device::memory`] and nothing unordered with `stream` touches it.
+    unsafe fn copy_in(&mut self, stream: Stream, to: Span, source: *const u8) -> Event;
+
+    /// Queues a copy out of device memory on `stream` and returns the event of its end.
+    ///
+    /// # Safety
+    /// `target` is writable for `from.bytes` bytes and nobody else touches it until the event;
+    /// `from` lies in [`Device::memory`] and nothing unordered with `stream` writes it.
+    unsafe fn copy_out(&mut self, stream: Stream, from: Span, target: *mut u8) -> Event;
+
+    /// Queues an operation on the compute stream.
+    ///
+    /// # Safety
+    /// Its views lie in [`Device::memory`]; what it writes overlaps no other view of it; and
+    /// nothing unordered with the compute stream touches them.
+    unsafe fn launch(&mut self, launch: Launch) -> Event;
+
+    /// Queues zeros into `span` on the compute stream.
+    ///
+    /// # Safety
+    /// As for [`Device::launch`].
+    unsafe fn zero(&mut self, span: Span) -> Event;
+
+    /// Everything queued so far on `stream`.
+    fn newest(&self, stream: Stream) -> Event;
+
+    /// What is queued on `stream` from here on starts after `event`.
+    fn wait(&mut self, stream: Stream, event: Event);
+
+    /// Whether `event` has happened.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`], from the first failure on for ever (a lost device is sticky).
+    fn query(&self, event: Event) -> Result<bool>;
+
+    /// Blocks until all streams are empty. Returns on a failed device too.
+    fn drain(&self);
+
+    /// Time that `stream` has spent working so far.
+    fn busy(&self, stream: Stream) -> Duration;
+}

@@ -1,0 +1,218 @@
+//! How an operation reaches a device, built in or a user's own.
+//!
+//! An [`Operation`] is a small value (its sizes and constants) that knows how to run on each
+//! device. [`Step::launch`](crate::Step::launch) hands it tensors, which arrive on the host device
+//! as slices, in the order given. All of [`crate::ops`] is written this way; so is an operation of
+//! your own:
+//!
+//! ```
+//! use forebay::{HostArgs, HostContext, Operation};
+//!
+//! /// y = scale * x
+//! #[derive(Clone, Copy)]
+//! struct Scale(f32);
+//!
+//! impl Operation for Scale {
+//!     fn name(&self) -> &'static str {
+//!         "scale"
+//!     }
+//!     fn host(&self, _cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+//!         let x = args.input::<f32>()?;
+//!         let y = args.output::<f32>()?;
+//!         for (y, x) in y.iter_mut().zip(x) {
+//!             *y = self.0 * x;
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//! ```
+
+use std::marker::PhantomData;
+use std::mem::{MaybeUninit, align_of, size_of};
+
+use forebay_kernels::cpu::Workers;
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor, TensorMut, View};
+
+/// Work on tensors, runnable on each device. A plain value: it is copied into the stream.
+pub trait Operation: Copy + Send + 'static {
+    /// Its name, for errors and traces.
+    fn name(&self) -> &'static str;
+
+    /// Runs on the host device, on the compute stream's thread.
+    ///
+    /// # Errors
+    /// A sentence on why it cannot; the device is lost from there on.
+    fn host(&self, cx: &HostContext, args: HostArgs<'_>) -> Result<(), String>;
+}
+
+/// What the host device offers to operations.
+#[derive(Debug)]
+pub struct HostContext {
+    /// The device's worker threads.
+    pub workers: Workers,
+}
+
+/// An element type that tensors can hold.
+pub trait Element: bytemuck::Pod {
+    /// Its type tag.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+
+impl Element for u32 {
+    const DTYPE: DType = DType::U32;
+}
+
+impl Element for half::bf16 {
+    const DTYPE: DType = DType::Bf16;
+}
+
+/// The tensors of a launch as slices, each handed out once, in order.
+#[derive(Debug)]
+pub struct HostArgs<'a> {
+    inputs: std::slice::Iter<'a, View>,
+    outputs: std::slice::Iter<'a, View>,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> HostArgs<'a> {
+    /// The next input.
+    ///
+    /// # Errors
+    /// If there is none left or its type is another.
+    pub fn input<T: Element>(&mut self) -> Result<&'a [T], String> {
+        let view = typed::<T>(self.inputs.next(), "input")?;
+        // SAFETY: `Launch::run_on_host`'s contract: the view is mapped, and no output overlaps it.
+        // Slots are aligned to 256 bytes and views to their elements.
+        Ok(unsafe { std::slice::from_raw_parts(view.address as *const T, view.shape.elements()) })
+    }
+
+    /// The next output.
+    ///
+    /// # Errors
+    /// If there is none left or its type is another.
+    pub fn output<T: Element>(&mut self) -> Result<&'a mut [T], String> {
+        let view = typed::<T>(self.outputs.next(), "output")?;
+        // SAFETY: as in `input`; outputs overlap nothing (checked at launch), and the iterator
+        // gives each out once.
+        Ok(unsafe { std::slice::from_raw_parts_mut(view.address as *mut T, view.shape.elements()) })
+    }
+}
+
+fn typed<'v, T: Element>(view: Option<&'v View>, what: &str) -> Result<&'v View, String> {
+    let view = view.ok_or_else(|| format!("takes one more {what} than it was given"))?;
+    if view.dtype == T::DTYPE && view.address % align_of::<T>() as u64 == 0 {
+        Ok(view)
+    } else {
+        Err(format!("wants {:?} where the {what} is {:?}", T::DTYPE, view.dtype))
+    }
+}
+
+const PAYLOAD_WORDS: usize = 12;
+const VIEWS: usize = 12;
+
+/// An operation with its tensors, ready for a stream; all inline.
+#[derive(Clone, Copy)]
+pub(crate) struct Launch {
+    payload: [MaybeUninit<u64>; PAYLOAD_WORDS],
+    host: unsafe fn(*const u8, &HostContext, HostArgs<'_>) -> Result<(), String>,
+    name: &'static str,
+    views: [MaybeUninit<View>; VIEWS],
+    inputs: u8,
+    outputs: u8,
+}
+
+impl Launch {
+    /// Checks that nothing written overlaps anything else and packs it all.
+    pub(crate) fn new<O: Operation>(
+        operation: O,
+        inputs: &[Tensor<'_>],
+        outputs: &[&mut TensorMut<'_>],
+    ) -> Result<Self> {
+        const {
+            assert!(size_of::<O>() <= PAYLOAD_WORDS * 8, "an operation's value is too large");
+            assert!(align_of::<O>() <= align_of::<u64>());
+        }
+        /// # Safety
+        /// `payload` holds an `O`; the views of `args` are as `Launch::run_on_host` demands.
+        unsafe fn host<O: Operation>(
+            payload: *const u8,
+            cx: &HostContext,
+            args: HostArgs<'_>,
+        ) -> Result<(), String> {
+            // SAFETY: by the contract above; `O` is `Copy`.
+            unsafe { payload.cast::<O>().read() }.host(cx, args)
+        }
+        let name = operation.name();
+        if inputs.len() + outputs.len() > VIEWS {
+            let what = format!("takes at most {VIEWS} tensors");
+            return Err(Error::Shape { operation: name, what });
+        }
+        let mut views = [MaybeUninit::uninit(); VIEWS];
+        let all = inputs.iter().map(|t| t.view).chain(outputs.iter().map(|t| t.view));
+        for (place, view) in views.iter_mut().zip(all) {
+            place.write(view);
+        }
+        let mut launch = Self {
+            payload: [MaybeUninit::uninit(); PAYLOAD_WORDS],
+            host: host::<O>,
+            name,
+            views,
+            inputs: inputs.len() as u8,
+            outputs: outputs.len() as u8,
+        };
+        // SAFETY: size and alignment were checked above.
+        unsafe { launch.payload.as_mut_ptr().cast::<O>().write(operation) };
+        launch.check_overlap()?;
+        Ok(launch)
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    pub(crate) fn views(&self) -> impl Iterator<Item = &View> {
+        self.slices().0.iter().chain(self.slices().1)
+    }
+
+    fn slices(&self) -> (&[View], &[View]) {
+        let (inputs, outputs) = (usize::from(self.inputs), usize::from(self.outputs));
+        // SAFETY: the first `inputs + outputs` views were written by `new`.
+        let views = unsafe {
+            std::slice::from_raw_parts(self.views.as_ptr().cast::<View>(), inputs + outputs)
+        };
+        views.split_at(inputs)
+    }
+
+    fn check_overlap(&self) -> Result<()> {
+        let (inputs, outputs) = self.slices();
+        let overlap = |a: &View, b: &View| {
+            a.address < b.address + b.bytes() && b.address < a.address + a.bytes()
+        };
+        for (i, output) in outputs.iter().enumerate() {
+            if inputs.iter().chain(&outputs[i + 1..]).any(|other| overlap(output, other)) {
+                let what = "an output overlaps another tensor; give it memory of its own".to_owned();
+                return Err(Error::Shape { operation: self.name, what });
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs it here and now.
+    ///
+    /// # Safety
+    /// Every view is mapped memory of its size, and until this returns nobody else writes an input
+    /// or touches an output.
+    pub(crate) unsafe fn run_on_host(&self, cx: &HostContext) -> Result<(), String> {
+        let (inputs, outputs) = self.slices();
+        let args =
+            HostArgs { inputs: inputs.iter(), outputs: outputs.iter(), memory: PhantomData };
+        // SAFETY: `new` stored the operation that `host` was made for; views by our contract.
+        unsafe { (self.host)(self.payload.as_ptr().cast(), cx, args) }
+    }
+}

@@ -1,0 +1,57 @@
+//! The operations of decoder models, on whichever device the step runs on.
+//!
+//! Each takes the [`Step`](crate::Step) it belongs to, reads [`Tensor`](crate::Tensor)s and writes
+//! [`TensorMut`](crate::TensorMut)s, all row-major, activations in f32. Shapes and types are
+//! checked here, before anything is queued; what an operation needs besides is taken from the
+//! step's scratch memory. Gradients of weights are *added* to, those of activations overwritten,
+//! except where a parameter says otherwise. An operation of your own goes the same way:
+//! [`Operation`](crate::Operation).
+
+mod activation;
+mod attention;
+mod cross_entropy;
+mod elementwise;
+mod embedding;
+mod linear;
+mod norm;
+mod rope;
+
+pub use activation::{swiglu, swiglu_backward};
+pub use attention::{AttentionShape, attention, attention_backward};
+pub use cross_entropy::{ClassifierGrads, cross_entropy};
+pub use elementwise::{add, add_assign, copy, fill};
+pub use embedding::{embedding, embedding_backward};
+pub use linear::{linear, linear_dw, linear_dx};
+pub use norm::{rms_norm, rms_norm_backward};
+pub use rope::{Rotation, rope};
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Shape};
+
+/// Whether a backward operation overwrites its result or adds to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Assign {
+    /// The result replaces what was there.
+    Set,
+    /// The result is added to what was there.
+    Add,
+}
+
+/// Refuses with the operation's name unless `holds`.
+fn expect(operation: &'static str, holds: bool, what: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::Shape { operation, what: what() }) }
+}
+
+/// Refuses unless a tensor has exactly this shape and type.
+fn expect_tensor(
+    operation: &'static str,
+    name: &str,
+    got: (Shape, DType),
+    shape: impl Into<Shape>,
+    dtype: DType,
+) -> Result<()> {
+    let wanted = shape.into();
+    expect(operation, got == (wanted, dtype), || {
+        format!("{name} must be {dtype:?} {wanted:?}, is {:?} {:?}", got.1, got.0)
+    })
+}

@@ -1,0 +1,103 @@
+//! How a trainer is opened.
+
+use std::path::PathBuf;
+
+pub use forebay_kernels::cpu::AdamW;
+pub use forebay_nvme::IoChoice;
+pub use forebay_prefetch::Policy;
+
+use crate::error::{Error, Result};
+
+/// Which device computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The GPU where one can be driven, else the host.
+    #[default]
+    Auto,
+    /// The CPU in the shape of a GPU.
+    Host,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl DeviceChoice {
+    /// Refuses what this version cannot drive.
+    pub(crate) fn check(self) -> Result<()> {
+        match self {
+            Self::Auto | Self::Host => Ok(()),
+            Self::Cuda => Err(Error::NoDevice {
+                wanted: "cuda",
+                why: "this version computes on the host device only".to_owned(),
+            }),
+        }
+    }
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "host" => Ok(Self::Host),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err(format!("'{text}' is not a device: use auto, host or cuda")),
+        }
+    }
+}
+
+/// What a trainer may use and how it updates. Start from [`Options::new`].
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The device that computes.
+    pub device: DeviceChoice,
+    /// Bytes of device memory: parameters, gradients, activations and scratch. `None`: from what
+    /// the machine has free.
+    pub device_budget: Option<u64>,
+    /// Bytes of page-locked host memory. `None`: from what the machine has free.
+    pub pinned_budget: Option<u64>,
+    /// Folders of the disk tier, each on a disk of its own; at least one.
+    pub disk: Vec<PathBuf>,
+    /// Where states may live.
+    pub placement: Policy,
+    /// Stages by which copies to the device run ahead of compute; reads from disk run one more
+    /// ahead. 0 turns overlap off.
+    pub lookahead: u32,
+    /// Threads of the host device and of the CPU optimizer, each. Results do not depend on it.
+    pub threads: usize,
+    /// The optimizer. Its learning rate is given anew at each step.
+    pub optimizer: AdamW,
+    /// The largest global norm of a step's gradient; larger ones are scaled down to it. With
+    /// `None`, sections whose states are on disk are updated before the backward pass has ended.
+    pub clip: Option<f64>,
+    /// Seed of [`RandomInit`](crate::RandomInit) weights; kept in the generation.
+    pub seed: u64,
+    /// Most elements updated in one piece; `None`: 4 Mi, and no more than the largest section.
+    pub optimizer_chunk: Option<u64>,
+    /// How the disk is driven.
+    pub io: IoChoice,
+    /// Slows the disk down to this many bytes per second, for experiments and tests.
+    pub disk_throttle: Option<u64>,
+}
+
+impl Options {
+    /// Defaults: automatic device, budgets and placement, look-ahead 2, clipping at 1.0, AdamW
+    /// with betas 0.9 and 0.95 and weight decay 0.1.
+    pub fn new(disk: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self {
+            device: DeviceChoice::Auto,
+            device_budget: None,
+            pinned_budget: None,
+            disk: disk.into_iter().collect(),
+            placement: Policy::Auto,
+            lookahead: 2,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            optimizer: AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
+            clip: Some(1.0),
+            seed: 0,
+            optimizer_chunk: None,
+            io: IoChoice::Auto,
+            disk_throttle: None,
+        }
+    }
+}

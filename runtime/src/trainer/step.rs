@@ -1,0 +1,386 @@
+//! A step as the trainer walks through it: stages in order, leases on what is on the device,
+//! scratch memory in frames.
+//!
+//! Lifetimes do the bookkeeping: a tensor cannot outlive the lease or frame it came from, a lease
+//! cannot outlive its step, and a step borrows the trainer, so there is one at a time.
+//!
+//! ```compile_fail
+//! # use forebay::*;
+//! # fn f(step: &Step<'_>, stage: StageId, layer: SectionId) -> Result<()> {
+//! let weight = {
+//!     let lease = step.enter(stage)?;
+//!     lease.param(layer, "weight")?
+//! }; // the lease ended: its slot may hold another section by now
+//! drop(weight);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::cell::RefCell;
+
+use super::scratch::Scratch;
+use crate::device::Span;
+use crate::error::{Error, Result};
+use crate::model::{Model, SectionId, Stage, StageId};
+use crate::operation::{Launch, Operation};
+use crate::tensor::{DType, Shape, Tensor, TensorMut, View};
+
+/// What a step is walked on: the engine, or a dry run that only measures.
+pub(crate) trait Driver {
+    /// Blocks until the stage's sections are on the device, or ordered to be before what is
+    /// launched next.
+    fn enter(&mut self, stage: StageId) -> Result<()>;
+    /// Everything of the stage is queued.
+    fn leave(&mut self, stage: StageId);
+    /// Where a section's parameters are; it belongs to the stage entered last.
+    fn param(&self, section: SectionId) -> u64;
+    /// Where a section's gradient accumulates.
+    fn grad(&self, section: SectionId) -> u64;
+    /// Where the stage saves its activation checkpoint.
+    fn saved(&self, saver: StageId) -> u64;
+    /// Queues an operation.
+    fn launch(&mut self, launch: Launch) -> Result<()>;
+    /// Queues a copy within the device.
+    fn copy(&mut self, from: View, to: Span) -> Result<()>;
+    /// Queues token ids into device memory.
+    fn upload(&mut self, values: &[u32], to: Span) -> Result<()>;
+    /// Queues the copy of the loss to the host.
+    fn loss(&mut self, from: View) -> Result<()>;
+    /// Copies to the host and waits.
+    fn read(&mut self, from: View, out: &mut [f32]) -> Result<()>;
+    /// Worker threads of the host device.
+    fn threads(&self) -> usize;
+    /// All stages were left: the loss, once it is known.
+    fn finish(&mut self) -> Result<Finished>;
+    /// The step was dropped on the way.
+    fn abandon(&mut self);
+}
+
+/// What a finished step reports.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Finished {
+    /// The number of the step, from 0.
+    pub step: u64,
+    /// The loss that the step reported through [`Step::loss`], if it did.
+    pub loss: Option<f32>,
+}
+
+/// One pass over the stages of a model, for training or evaluation.
+///
+/// Every call but [`Step::read`] only queues work and returns.
+pub struct Step<'t> {
+    core: RefCell<Core<'t>>,
+    model: &'t Model,
+    stages: &'t [Stage],
+}
+
+struct Core<'t> {
+    driver: &'t mut dyn Driver,
+    scratch: &'t mut Scratch,
+    /// The stage that may be entered next.
+    next: u32,
+    /// Whether a lease on the stage before is alive.
+    inside: bool,
+    finished: bool,
+}
+
+impl<'t> Step<'t> {
+    pub(crate) fn new(
+        driver: &'t mut dyn Driver,
+        scratch: &'t mut Scratch,
+        model: &'t Model,
+        stages: &'t [Stage],
+    ) -> Self {
+        scratch.reset();
+        let core = Core { driver, scratch, next: 0, inside: false, finished: false };
+        Self { core: RefCell::new(core), model, stages }
+    }
+
+    /// Enters the next stage. Blocks until the device holds, or is about to hold, its sections.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if it is not the stage's turn or the lease before is still alive; and
+    /// whatever failed on the way of its sections.
+    pub fn enter(&self, stage: StageId) -> Result<StageLease<'_>> {
+        let mut core = self.core.borrow_mut();
+        let spec = self.stages.get(stage.0 as usize).ok_or_else(|| {
+            Error::Misuse(format!("stage {} of {} does not exist", stage.0, self.stages.len()))
+        })?;
+        if core.inside || stage.0 != core.next {
+            let due = self.stages.get(core.next as usize).map_or("none", |s| s.name.as_str());
+            let what = if core.inside { "drop the lease before" } else { "stages run in order" };
+            return Err(Error::Misuse(format!(
+                "stage '{}' entered when '{due}' is due: {what}",
+                spec.name
+            )));
+        }
+        core.driver.enter(stage)?;
+        core.inside = true;
+        core.next += 1;
+        Ok(StageLease { step: self, model: self.model, spec, id: stage })
+    }
+
+    /// A region of scratch memory, returned when the frame is dropped. Frames nest.
+    pub fn frame(&self) -> Frame<'_> {
+        let index = self.core.borrow_mut().scratch.push();
+        Frame { step: self, index }
+    }
+
+    /// Brings token ids to the device; they stay there as long as the step.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shape holds another number of values; [`Error::Scratch`].
+    pub fn upload(&self, values: &[u32], shape: impl Into<Shape>) -> Result<Tensor<'_>> {
+        let shape = shape.into();
+        if shape.elements() != values.len() {
+            let what = format!("{} values do not fill {shape:?}", values.len());
+            return Err(Error::Shape { operation: "upload", what });
+        }
+        let mut core = self.core.borrow_mut();
+        let address = core.scratch.reserve(size_of_val(values) as u64)?;
+        let view = View { address, dtype: DType::U32, shape };
+        core.driver.upload(values, Span { address, bytes: view.bytes() })?;
+        Ok(Tensor::new(view))
+    }
+
+    /// Names the step's loss, an f32 tensor of one element, for [`Step::finish`] to report.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it is anything else.
+    pub fn loss(&self, loss: &Tensor<'_>) -> Result<()> {
+        if loss.shape().elements() != 1 || loss.dtype() != DType::F32 {
+            let what = format!("a loss is one f32, not {loss:?}");
+            return Err(Error::Shape { operation: "loss", what });
+        }
+        self.core.borrow_mut().driver.loss(loss.view)
+    }
+
+    /// Copies an f32 tensor to the host, waiting for all that was queued: for logits and tests,
+    /// not for the path of a step.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `out` has another length or the type is not f32; the device's failure.
+    pub fn read(&self, tensor: &Tensor<'_>, out: &mut [f32]) -> Result<()> {
+        if tensor.shape().elements() != out.len() || tensor.dtype() != DType::F32 {
+            let what = format!("{tensor:?} does not fit {} f32 values", out.len());
+            return Err(Error::Shape { operation: "read", what });
+        }
+        self.core.borrow_mut().driver.read(tensor.view, out)
+    }
+
+    /// Queues an operation: one of [`crate::ops`] or your own.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if an output overlaps another tensor of the call.
+    pub fn launch<O: Operation>(
+        &self,
+        operation: O,
+        inputs: &[Tensor<'_>],
+        outputs: &[&mut TensorMut<'_>],
+    ) -> Result<()> {
+        self.core.borrow_mut().driver.launch(Launch::new(operation, inputs, outputs)?)
+    }
+
+    /// Worker threads of the device's operations, for the size of their workspaces.
+    pub fn threads(&self) -> usize {
+        self.core.borrow().driver.threads()
+    }
+
+    /// Ends the step. Returns once the loss is known; gradients, updates and writes go on behind.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if stages are missing; whatever failed on the way.
+    pub fn finish(self) -> Result<Finished> {
+        let mut core = self.core.borrow_mut();
+        if core.next as usize != self.stages.len() {
+            let due = &self.stages[core.next as usize].name;
+            return Err(Error::Misuse(format!("the step was finished before stage '{due}' ran")));
+        }
+        core.finished = true;
+        core.driver.finish()
+    }
+}
+
+impl Drop for Step<'_> {
+    fn drop(&mut self) {
+        let core = self.core.get_mut();
+        if !core.finished {
+            core.driver.abandon();
+        }
+    }
+}
+
+impl std::fmt::Debug for Step<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Step of '{}' before stage {}", self.model.name, self.core.borrow().next)
+    }
+}
+
+/// What a lease or frame needs of its step, whatever the step borrows.
+trait Host {
+    fn tensor(&self, frame: usize, shape: Shape) -> Result<View>;
+    fn pop(&self, frame: usize);
+    fn param(&self, section: SectionId) -> u64;
+    fn grad(&self, section: SectionId) -> u64;
+    fn saved(&self, saver: StageId) -> u64;
+    fn copy(&self, from: View, to: Span) -> Result<()>;
+    fn leave(&self, stage: StageId);
+}
+
+impl Host for Step<'_> {
+    fn tensor(&self, frame: usize, shape: Shape) -> Result<View> {
+        let bytes = (shape.elements() * DType::F32.bytes()) as u64;
+        let address = self.core.borrow_mut().scratch.allocate(frame, bytes)?;
+        Ok(View { address, dtype: DType::F32, shape })
+    }
+
+    fn pop(&self, frame: usize) {
+        self.core.borrow_mut().scratch.pop(frame);
+    }
+
+    fn param(&self, section: SectionId) -> u64 {
+        self.core.borrow().driver.param(section)
+    }
+
+    fn grad(&self, section: SectionId) -> u64 {
+        self.core.borrow().driver.grad(section)
+    }
+
+    fn saved(&self, saver: StageId) -> u64 {
+        self.core.borrow().driver.saved(saver)
+    }
+
+    fn copy(&self, from: View, to: Span) -> Result<()> {
+        self.core.borrow_mut().driver.copy(from, to)
+    }
+
+    fn leave(&self, stage: StageId) {
+        let mut core = self.core.borrow_mut();
+        core.inside = false;
+        core.driver.leave(stage);
+    }
+}
+
+/// A region of scratch memory.
+pub struct Frame<'s> {
+    step: &'s dyn Host,
+    index: usize,
+}
+
+impl Frame<'_> {
+    /// An f32 tensor in this frame; what it holds is undefined until it is written.
+    ///
+    /// # Errors
+    /// [`Error::Scratch`] when scratch memory is used up; [`Error::Misuse`] while a frame opened
+    /// later is alive.
+    pub fn tensor(&self, shape: impl Into<Shape>) -> Result<TensorMut<'_>> {
+        Ok(TensorMut::new(self.step.tensor(self.index, shape.into())?))
+    }
+}
+
+impl Drop for Frame<'_> {
+    fn drop(&mut self) {
+        self.step.pop(self.index);
+    }
+}
+
+impl std::fmt::Debug for Frame<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Frame {}", self.index)
+    }
+}
+
+/// The right to use the sections of a stage; ends when the last operation queued before its drop
+/// has run.
+pub struct StageLease<'s> {
+    step: &'s dyn Host,
+    model: &'s Model,
+    spec: &'s Stage,
+    id: StageId,
+}
+
+impl StageLease<'_> {
+    /// A parameter tensor of one of the stage's sections.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if the stage did not declare the section or it has no such tensor.
+    pub fn param(&self, section: SectionId, tensor: &str) -> Result<Tensor<'_>> {
+        let (offset, shape) = self.place(&self.spec.params, "params", section, tensor)?;
+        let address = self.step.param(section) + offset;
+        Ok(Tensor::new(View { address, dtype: DType::F32, shape }))
+    }
+
+    /// The gradient accumulator of a tensor; operations add to it.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if the stage did not declare the section or it has no such tensor.
+    pub fn grad(&self, section: SectionId, tensor: &str) -> Result<TensorMut<'_>> {
+        let (offset, shape) = self.place(&self.spec.grads, "grads", section, tensor)?;
+        let address = self.step.grad(section) + offset;
+        Ok(TensorMut::new(View { address, dtype: DType::F32, shape }))
+    }
+
+    /// Leaves `x` as the stage's activation checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if the stage declared none; [`Error::Shape`] for another shape.
+    pub fn save(&self, x: &Tensor<'_>) -> Result<()> {
+        let shape = self.spec.saves.ok_or_else(|| {
+            Error::Misuse(format!("stage '{}' declared no checkpoint", self.spec.name))
+        })?;
+        if x.shape().elements() != shape.elements() || x.dtype() != DType::F32 {
+            let what = format!("the checkpoint is {shape:?} f32, not {x:?}");
+            return Err(Error::Shape { operation: "save", what });
+        }
+        let to = Span { address: self.step.saved(self.id), bytes: x.view.bytes() };
+        self.step.copy(x.view, to)
+    }
+
+    /// The activation checkpoint that this stage restores.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if the stage declared none.
+    pub fn saved(&self) -> Result<Tensor<'_>> {
+        let shape = |saver: StageId| self.model.train.get(saver.0 as usize).and_then(|s| s.saves);
+        let (saver, shape) =
+            self.spec.restores.and_then(|saver| Some((saver, shape(saver)?))).ok_or_else(|| {
+                Error::Misuse(format!("stage '{}' restores no checkpoint", self.spec.name))
+            })?;
+        Ok(Tensor::new(View { address: self.step.saved(saver), dtype: DType::F32, shape }))
+    }
+
+    fn place(
+        &self,
+        declared: &[SectionId],
+        kind: &str,
+        section: SectionId,
+        tensor: &str,
+    ) -> Result<(u64, Shape)> {
+        if !declared.contains(&section) {
+            return Err(Error::Misuse(format!(
+                "stage '{}' uses section {} without declaring it in its {kind}",
+                self.spec.name, section.0
+            )));
+        }
+        let section = &self.model.sections[section.0 as usize];
+        section
+            .places()
+            .find(|(_, spec)| spec.name == tensor)
+            .map(|(start, spec)| ((start * DType::F32.bytes()) as u64, spec.shape))
+            .ok_or_else(|| {
+                Error::Misuse(format!("section '{}' has no tensor '{tensor}'", section.name))
+            })
+    }
+}
+
+impl Drop for StageLease<'_> {
+    fn drop(&mut self) {
+        self.step.leave(self.id);
+    }
+}
+
+impl std::fmt::Debug for StageLease<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "StageLease '{}'", self.spec.name)
+    }
+}

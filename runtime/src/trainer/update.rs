@@ -1,0 +1,148 @@
+//! The optimizer's work on one section: the norm of its gradient and the AdamW update of its
+//! parts, as closures for the CPU lane.
+//!
+//! A part's states lie in one slab, `[master | m | v]`, each of the part's elements in f32. The
+//! gradient is read where the copy from the device left it. The new parameters go to the
+//! section's own slab in pinned memory if it has one there, and else over the gradient.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use forebay_kernels::cpu::{
+    AdamScalars, Exchange, Isa, NormIn, SquareSum, States, Workers, adamw_parallel, square_sum,
+};
+
+use crate::model::Section;
+
+/// A run of elements of a section that weight decay treats alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    elements: Range<usize>,
+    decay: bool,
+}
+
+/// The runs of a section, in order, covering it (padding joins the tensor before it).
+pub(super) fn runs(section: &Section) -> Arc<[Run]> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (start, tensor) in section.places() {
+        match runs.last_mut() {
+            Some(last) if last.decay == tensor.decay => {}
+            Some(last) => {
+                last.elements.end = start;
+                runs.push(Run { elements: start..start, decay: tensor.decay });
+            }
+            None => runs.push(Run { elements: 0..0, decay: tensor.decay }),
+        }
+    }
+    if let Some(last) = runs.last_mut() {
+        last.elements.end = section.elements() as usize;
+    }
+    runs.into()
+}
+
+/// Worker threads and instruction set of the CPU optimizer.
+#[derive(Debug)]
+pub(super) struct Optimizer {
+    pub(super) workers: Workers,
+    pub(super) isa: Isa,
+}
+
+/// Where one part of a section is updated.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PartPlace {
+    /// `[master | m | v]` of the part.
+    pub(super) states: *mut f32,
+    /// The section's gradient, from its first element.
+    pub(super) grad: *mut f32,
+    /// The section's parameters if they have a slab of their own.
+    pub(super) param: Option<*mut f32>,
+    /// First element of the part in the section.
+    pub(super) first: usize,
+    /// Elements of the part.
+    pub(super) elements: usize,
+}
+
+// SAFETY: plain addresses; who may touch them when is the engine's business (see `update`).
+unsafe impl Send for PartPlace {}
+
+/// Scalars of a step, with weight decay and without.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StepScalars {
+    pub(super) decayed: AdamScalars,
+    pub(super) plain: AdamScalars,
+}
+
+/// Updates one part.
+///
+/// # Safety
+/// The place is mapped for its elements, and nobody else touches it until this returns.
+pub(super) unsafe fn update(
+    optimizer: &Optimizer,
+    scalars: &StepScalars,
+    runs: &[Run],
+    place: PartPlace,
+) {
+    let part = place.first..place.first + place.elements;
+    for run in runs {
+        let start = run.elements.start.max(part.start);
+        let end = run.elements.end.min(part.end);
+        if start >= end {
+            continue;
+        }
+        let (inside, len) = (start - part.start, end - start);
+        // SAFETY: the ranges lie inside the part and the section, by the caller's contract; the
+        // three state arrays do not overlap each other, and gradient and parameter are different
+        // slabs.
+        let (states, exchange) = unsafe {
+            let states = |i: usize| {
+                std::slice::from_raw_parts_mut(
+                    place.states.add(i * place.elements + inside),
+                    len,
+                )
+            };
+            let grad = std::slice::from_raw_parts_mut(place.grad.add(start), len);
+            let exchange = match place.param {
+                Some(param) => Exchange::F32 {
+                    grad,
+                    param: std::slice::from_raw_parts_mut(param.add(start), len),
+                },
+                None => Exchange::InPlaceF32(grad),
+            };
+            (States { master: states(0), m: states(1), v: states(2) }, exchange)
+        };
+        let scalars = if run.decay { &scalars.decayed } else { &scalars.plain };
+        adamw_parallel(&optimizer.workers, optimizer.isa, scalars, states, exchange);
+    }
+}
+
+/// The sum of squares of a gradient.
+///
+/// # Safety
+/// `grad` is readable for `elements` elements and nobody writes it until this returns.
+pub(super) unsafe fn norm(optimizer: &Optimizer, grad: *const f32, elements: usize) -> SquareSum {
+    // SAFETY: by the contract above.
+    let grad = unsafe { std::slice::from_raw_parts(grad, elements) };
+    square_sum(&optimizer.workers, NormIn::F32(grad))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Init;
+
+    #[test]
+    fn runs_cover_a_section_and_part_where_decay_changes() {
+        let zero = Init::Constant(0.0);
+        let section = Section::new("layer")
+            .tensor("norm", [10], zero)
+            .tensor("a", [3, 5], zero)
+            .tensor("b", [70, 1], zero)
+            .tensor("other norm", [1], zero);
+        let runs = runs(&section);
+        let expected = [(0..64, false), (64..256, true), (256..320, false)];
+        assert_eq!(runs.len(), expected.len());
+        for (run, (elements, decay)) in runs.iter().zip(expected) {
+            assert_eq!((run.elements.clone(), run.decay), (elements, decay));
+        }
+    }
+}
