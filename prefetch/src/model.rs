@@ -1,0 +1,192 @@
+//! The model as plans see it: sizes of sections, and stages in compute order.
+
+use crate::Error;
+
+/// A section, by its place in [`Model::sections`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SectionId(pub u32);
+
+/// A stage, by its place in [`Model::stages`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StageId(pub u32);
+
+/// What is kept for a section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Parameters in the compute type.
+    Param,
+    /// Gradients in the compute type.
+    Grad,
+    /// fp32 master, first and second moment: 12 bytes an element.
+    Optim,
+}
+
+/// Where a state can live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tier {
+    /// Device memory.
+    Device,
+    /// Page-locked host memory.
+    Pinned,
+    /// Files on disks.
+    Disk,
+}
+
+/// When the optimizer may update a section.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Timing {
+    /// After the norm of the whole step's gradient is known: exact clipping.
+    #[default]
+    AfterNorm,
+    /// As soon as the section's gradient is whole, where its states live on disk (a write there
+    /// can be undone if the gradient turns out not to be finite); the others after the norm.
+    Immediate,
+}
+
+/// The size of a section.
+#[derive(Clone, Debug)]
+pub struct SectionSize {
+    /// Its name, for messages.
+    pub name: String,
+    /// Its elements.
+    pub elements: u64,
+    /// Bytes of its parameters, and of its gradient, in the compute type.
+    pub param_bytes: u64,
+}
+
+/// What a stage needs and leaves.
+#[derive(Clone, Debug, Default)]
+pub struct StageSpec {
+    /// Its name, for messages.
+    pub name: String,
+    /// Sections whose parameters it reads on the device.
+    pub params: Vec<SectionId>,
+    /// Sections to whose gradients it adds.
+    pub grads: Vec<SectionId>,
+    /// Bytes of the activation checkpoint that it leaves.
+    pub saves: Option<u64>,
+    /// The stage whose checkpoint it reads.
+    pub restores: Option<StageId>,
+}
+
+/// A model: its sections, the stages of one training step (forward, loss, backward) and those of
+/// a forward pass without gradients.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    /// All sections.
+    pub sections: Vec<SectionSize>,
+    /// The stages of a training step in compute order.
+    pub stages: Vec<StageSpec>,
+    /// The stages of a forward pass in compute order; they keep no gradients and checkpoints.
+    pub eval: Vec<StageSpec>,
+}
+
+impl Model {
+    /// Checks that stages name what exists, in an order in which it exists.
+    ///
+    /// # Errors
+    /// [`Error::Stage`], [`Error::EmptySection`].
+    pub fn validate(&self) -> Result<(), Error> {
+        if let Some(empty) = self
+            .sections
+            .iter()
+            .find(|s| s.elements == 0 || s.param_bytes == 0)
+        {
+            return Err(Error::EmptySection {
+                section: empty.name.clone(),
+            });
+        }
+        for (index, stage) in self.stages.iter().enumerate() {
+            let fail = |what: String| {
+                Err(Error::Stage {
+                    stage: stage.name.clone(),
+                    what,
+                })
+            };
+            if let Some(what) = self.misuse(stage) {
+                return fail(what);
+            }
+            if let Some(StageId(saver)) = stage.restores {
+                let earlier = self.stages[..index].get(saver as usize);
+                if earlier.is_none_or(|s| s.saves.is_none()) {
+                    return fail(format!(
+                        "restores stage {saver}, which leaves no checkpoint before"
+                    ));
+                }
+                if self.stages[..index]
+                    .iter()
+                    .any(|s| s.restores == stage.restores)
+                {
+                    return fail(format!("stage {saver}'s checkpoint is restored twice"));
+                }
+            }
+            let restored = |s: &StageSpec| s.restores == Some(StageId(index as u32));
+            if stage.saves.is_some() && !self.stages[index + 1..].iter().any(restored) {
+                return fail("leaves a checkpoint that no later stage restores".to_owned());
+            }
+        }
+        for (index, stage) in self.stages.iter().enumerate() {
+            let late = stage
+                .params
+                .iter()
+                .find(|s| self.grad_span(**s).is_some_and(|g| g.1 < index));
+            if let Some(section) = late {
+                let name = &self.sections[section.0 as usize].name;
+                let what = format!(
+                    "reads '{name}' after its gradient is whole: it may be updated by then"
+                );
+                return Err(Error::Stage {
+                    stage: stage.name.clone(),
+                    what,
+                });
+            }
+        }
+        for stage in &self.eval {
+            let keeps =
+                !stage.grads.is_empty() || stage.saves.is_some() || stage.restores.is_some();
+            let what = if keeps {
+                Some("a forward pass keeps no gradients and no checkpoints".to_owned())
+            } else {
+                self.misuse(stage)
+            };
+            if let Some(what) = what {
+                return Err(Error::Stage {
+                    stage: stage.name.clone(),
+                    what,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn misuse(&self, stage: &StageSpec) -> Option<String> {
+        for list in [&stage.params, &stage.grads] {
+            for (i, id) in list.iter().enumerate() {
+                if id.0 as usize >= self.sections.len() {
+                    return Some(format!("names section {}, which does not exist", id.0));
+                }
+                if list[..i].contains(id) {
+                    return Some(format!("names section {} twice", id.0));
+                }
+            }
+        }
+        None
+    }
+
+    /// The first and last stage that adds to a section's gradient.
+    pub(crate) fn grad_span(&self, section: SectionId) -> Option<(usize, usize)> {
+        let adds = |s: &StageSpec| s.grads.contains(&section);
+        Some((
+            self.stages.iter().position(adds)?,
+            self.stages.iter().rposition(adds)?,
+        ))
+    }
+
+    /// The first training stage that reads a section, for the order of updates.
+    pub(crate) fn first_use(&self, section: SectionId) -> usize {
+        self.stages
+            .iter()
+            .position(|s| s.params.contains(&section))
+            .unwrap_or(usize::MAX)
+    }
+}

@@ -1,0 +1,627 @@
+//! Where each state lives, from sizes and budgets.
+//!
+//! Device: sections of equal size form a *class* and share slots. A class with as many slots as
+//! members is resident; otherwise its members pass through the slots in turn, a ring as in SE-MoE.
+//! Pinned memory: first what must pass through it, then what look-ahead wants, then gradients,
+//! parameters and optimizer states as far as they go. The disk takes the rest.
+
+use crate::Error;
+use crate::model::{Model, SectionId, StageId, StageSpec, Tier, Timing};
+use crate::plan::{Pool, PoolId, PoolKind};
+
+const DEVICE_ALIGN: u64 = 256;
+const PINNED_ALIGN: u64 = 4096;
+/// Elements between the starts of parts: whole cache lines in every type.
+const PART_ALIGN: u64 = 64;
+
+/// Bytes that may be used on each tier; the disk takes what is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budgets {
+    /// Device memory.
+    pub device_bytes: u64,
+    /// Page-locked host memory.
+    pub pinned_bytes: u64,
+}
+
+/// Which tiers states may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// Each state on the fastest tier that has room.
+    #[default]
+    Auto,
+    /// Parameters on the device, everything else in pinned memory.
+    Resident,
+    /// Nothing on disk; what the device cannot hold streams from pinned memory.
+    Pinned,
+    /// Everything on disk; the other tiers hold only what passes through.
+    Disk,
+}
+
+/// How to place.
+#[derive(Clone, Copy, Debug)]
+pub struct PlaceOptions {
+    /// Which tiers.
+    pub policy: Policy,
+    /// Stages by which fetches run ahead.
+    pub lookahead: u32,
+    /// When sections are updated.
+    pub timing: Timing,
+    /// Most elements of a part.
+    pub chunk_elements: u64,
+    /// Device memory that is not slots.
+    pub scratch_bytes: u64,
+    /// Pinned memory that is not slabs of states.
+    pub pinned_fixed_bytes: u64,
+}
+
+impl Default for PlaceOptions {
+    fn default() -> Self {
+        Self {
+            policy: Policy::Auto,
+            lookahead: 2,
+            timing: Timing::AfterNorm,
+            chunk_elements: 4 << 20,
+            scratch_bytes: 0,
+            pinned_fixed_bytes: 0,
+        }
+    }
+}
+
+/// A run of a section's elements that the optimizer updates in one piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// First element in the section.
+    pub first: u64,
+    /// Number of elements.
+    pub elements: u64,
+    /// Where its optimizer states live: `Pinned` or `Disk`.
+    pub home: Tier,
+}
+
+/// Where a whole gradient waits for its update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GradHome {
+    /// In a slab of the section's own.
+    Slab,
+    /// On disk; it passes through a shared slab.
+    Disk,
+    /// Nowhere: the update follows at once, from a shared slab.
+    Passing,
+}
+
+/// Sections of one size.
+#[derive(Clone, Debug)]
+struct Class {
+    param_bytes: u64,
+    members: Vec<SectionId>,
+    param_slots: u64,
+    param_slots_min: u64,
+    grad_slots: u64,
+    grad_slots_min: u64,
+}
+
+/// Where everything lives. Made by [`place`].
+#[derive(Clone, Debug)]
+pub struct Placement {
+    classes: Vec<Class>,
+    class_of: Vec<usize>,
+    param_home: Vec<Tier>,
+    grad_home: Vec<GradHome>,
+    parts: Vec<Vec<Part>>,
+    /// For each training stage that leaves a checkpoint: where it waits.
+    act_home: Vec<Option<Tier>>,
+    act_bytes: u64,
+    act_slots: u64,
+    param_stage: Vec<u64>,
+    grad_stage: Vec<u64>,
+    optim_stage: u64,
+    options: PlaceOptions,
+}
+
+/// Places a model under budgets.
+///
+/// # Errors
+/// [`Error::DeviceBudget`] or [`Error::PinnedBudget`] with the least that works, and what
+/// [`Model::validate`] finds.
+pub fn place(model: &Model, budgets: Budgets, options: &PlaceOptions) -> Result<Placement, Error> {
+    model.validate()?;
+    let mut placement = Placement::least(model, options);
+    placement.fill_device(model, budgets.device_bytes)?;
+    placement.fill_pinned(model, budgets.pinned_bytes)?;
+    Ok(placement)
+}
+
+impl Placement {
+    /// As little of every fast tier as a step needs.
+    fn least(model: &Model, options: &PlaceOptions) -> Self {
+        let mut classes: Vec<Class> = Vec::new();
+        let mut class_of = Vec::new();
+        for (id, section) in model.sections.iter().enumerate() {
+            let index = classes
+                .iter()
+                .position(|c| c.param_bytes == section.param_bytes)
+                .unwrap_or_else(|| {
+                    classes.push(Class::new(section.param_bytes));
+                    classes.len() - 1
+                });
+            classes[index].members.push(SectionId(id as u32));
+            class_of.push(index);
+        }
+        for class in &mut classes {
+            class.set_least(model);
+        }
+        let parts = model
+            .sections
+            .iter()
+            .map(|s| parts(s.elements, options.chunk_elements));
+        let saves = |s: &StageSpec| s.saves.map(|_| Tier::Pinned);
+        let count = model.sections.len();
+        let mut placement = Self {
+            param_stage: vec![0; classes.len()],
+            grad_stage: vec![0; classes.len()],
+            class_of,
+            param_home: vec![Tier::Disk; count],
+            grad_home: vec![GradHome::Disk; count],
+            parts: parts.collect(),
+            act_home: model.stages.iter().map(saves).collect(),
+            act_bytes: model
+                .stages
+                .iter()
+                .filter_map(|s| s.saves)
+                .max()
+                .unwrap_or(0),
+            act_slots: u64::from(model.stages.iter().any(|s| s.saves.is_some())),
+            optim_stage: 1,
+            options: *options,
+            classes,
+        };
+        placement.set_grad_homes(false);
+        placement.stage(false);
+        placement
+    }
+
+    fn fill_device(&mut self, model: &Model, budget: u64) -> Result<(), Error> {
+        let ahead = u64::from(self.options.lookahead);
+        if self.options.policy == Policy::Resident {
+            self.classes.iter_mut().for_each(|c| {
+                c.param_slots = c.members.len() as u64;
+                c.grad_slots = c.members.len().min(c.grad_slots_min as usize + 1) as u64;
+            });
+            let all = (0..self.act_home.len()).collect::<Vec<_>>();
+            self.keep_acts(&all);
+        }
+        if self.device_bytes() > budget {
+            return Err(Error::DeviceBudget {
+                have: budget,
+                least: self.device_bytes(),
+            });
+        }
+        // What overlap wants: room for the stages ahead, for gradients on their way out, and for
+        // checkpoints on their way out and back.
+        for class in 0..self.classes.len() {
+            let members = self.classes[class].members.len() as u64;
+            let wanted = (self.classes[class].param_slots_min + ahead).min(members);
+            self.grow(budget, wanted, |p| &mut p.classes[class].param_slots);
+            let wanted = (self.classes[class].grad_slots_min + ahead.min(1)).min(members);
+            self.grow(budget, wanted, |p| &mut p.classes[class].grad_slots);
+        }
+        if self.act_slots > 0 {
+            let saves = self.act_home.iter().flatten().count() as u64;
+            self.grow(budget, saves.min(1 + ahead), |p| &mut p.act_slots);
+        }
+        if self.options.policy != Policy::Disk {
+            self.keep_on_device(budget);
+        }
+        for section in 0..model.sections.len() {
+            if self.resident(SectionId(section as u32)) {
+                self.param_home[section] = Tier::Device;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the device has room for beyond that: checkpoints first (each byte kept saves two
+    /// moves), the latest first (they wait shortest), then parameters.
+    fn keep_on_device(&mut self, budget: u64) {
+        let savers: Vec<usize> = (0..self.act_home.len())
+            .filter(|s| self.act_home[*s].is_some())
+            .collect();
+        for keep in (1..=savers.len()).rev() {
+            let mut trial = self.clone();
+            trial.keep_acts(&savers[savers.len() - keep..]);
+            if trial.device_bytes() <= budget {
+                *self = trial;
+                break;
+            }
+        }
+        for class in 0..self.classes.len() {
+            let members = self.classes[class].members.len() as u64;
+            self.grow(budget, members, |p| &mut p.classes[class].param_slots);
+        }
+    }
+
+    /// These stages' checkpoints stay on the device; the others pass through slots.
+    fn keep_acts(&mut self, keep: &[usize]) {
+        let mut kept = 0;
+        for &stage in keep {
+            if let Some(home) = &mut self.act_home[stage] {
+                *home = Tier::Device;
+                kept += 1;
+            }
+        }
+        let passing = self.act_home.iter().flatten().any(|h| *h == Tier::Pinned);
+        let before = self.act_slots;
+        self.act_slots = kept + if passing { before } else { 0 };
+    }
+
+    /// Raises a count towards `wanted`, as far as the device budget goes.
+    fn grow(&mut self, budget: u64, wanted: u64, count: impl Fn(&mut Self) -> &mut u64) {
+        while *count(self) < wanted {
+            *count(self) += 1;
+            if self.device_bytes() > budget {
+                *count(self) -= 1;
+                return;
+            }
+        }
+    }
+
+    fn fill_pinned(&mut self, model: &Model, budget: u64) -> Result<(), Error> {
+        let mut full = self.clone();
+        for section in 0..model.sections.len() {
+            full.keep_param(section);
+            full.parts[section]
+                .iter_mut()
+                .for_each(|p| p.home = Tier::Pinned);
+        }
+        full.set_grad_homes(true);
+        full.stage(true);
+        match self.options.policy {
+            Policy::Resident | Policy::Pinned if full.pinned_bytes() > budget => {
+                return Err(Error::PinnedBudget {
+                    have: budget,
+                    least: full.pinned_bytes(),
+                });
+            }
+            Policy::Resident | Policy::Pinned => {
+                *self = full;
+                return Ok(());
+            }
+            Policy::Auto if full.pinned_bytes() <= budget => {
+                *self = full;
+                return Ok(());
+            }
+            Policy::Auto | Policy::Disk => {}
+        }
+        self.set_grad_homes(false);
+        self.stage(false);
+        if self.pinned_bytes() > budget {
+            return Err(Error::PinnedBudget {
+                have: budget,
+                least: self.pinned_bytes(),
+            });
+        }
+        let ahead = self.try_pinned(budget, |p| p.stage(true));
+        if self.options.policy == Policy::Auto {
+            self.keep_in_pinned(model, budget, ahead);
+        }
+        Ok(())
+    }
+
+    /// Gradients first (they would travel twice), then parameters (read twice a step), then
+    /// optimizer states, part by part.
+    fn keep_in_pinned(&mut self, model: &Model, budget: u64, ahead: bool) {
+        let sections = 0..model.sections.len();
+        if self.options.timing == Timing::AfterNorm {
+            for section in sections.clone() {
+                self.try_pinned(budget, |p| {
+                    p.grad_home[section] = GradHome::Slab;
+                    p.stage(ahead);
+                });
+            }
+        } else {
+            self.wait_in_pinned(model, budget, ahead);
+        }
+        for section in sections.clone() {
+            self.try_pinned(budget, |p| {
+                p.keep_param(section);
+                p.stage(ahead);
+            });
+        }
+        for section in sections {
+            if self.options.timing == Timing::Immediate {
+                self.try_pinned(budget, |p| {
+                    p.parts[section]
+                        .iter_mut()
+                        .for_each(|part| part.home = Tier::Pinned);
+                    p.grad_home[section] = GradHome::Slab;
+                    p.stage(ahead);
+                });
+                continue;
+            }
+            for part in 0..self.parts[section].len() {
+                self.try_pinned(budget, |p| {
+                    p.parts[section][part].home = Tier::Pinned;
+                    p.stage(ahead);
+                });
+            }
+        }
+    }
+
+    /// With updates during the backward pass the disk would rest in the forward pass. So a third
+    /// of the gradients (as forward is a third of a step), spread evenly, waits in pinned memory,
+    /// and their sections are updated under the next forward pass.
+    fn wait_in_pinned(&mut self, model: &Model, budget: u64, ahead: bool) {
+        let mut sections: Vec<usize> = (0..model.sections.len()).collect();
+        sections.sort_by_key(|s| model.first_use(SectionId(*s as u32)));
+        let (mut seen, mut waiting) = (0, 0);
+        for section in sections {
+            let elements = model.sections[section].elements;
+            seen += elements;
+            if 3 * (waiting + elements) > seen {
+                continue;
+            }
+            let fits = self.try_pinned(budget, |p| {
+                p.grad_home[section] = GradHome::Slab;
+                p.stage(ahead);
+            });
+            waiting += elements * u64::from(fits);
+        }
+    }
+
+    fn try_pinned(&mut self, budget: u64, change: impl FnOnce(&mut Self)) -> bool {
+        let mut trial = self.clone();
+        change(&mut trial);
+        let fits = trial.pinned_bytes() <= budget;
+        if fits {
+            *self = trial;
+        }
+        fits
+    }
+
+    fn keep_param(&mut self, section: usize) {
+        if self.param_home[section] == Tier::Disk {
+            self.param_home[section] = Tier::Pinned;
+        }
+    }
+
+    fn set_grad_homes(&mut self, in_pinned: bool) {
+        for section in 0..self.grad_home.len() {
+            let all_on_disk = self.parts[section].iter().all(|p| p.home == Tier::Disk);
+            self.grad_home[section] = match self.options.timing {
+                Timing::Immediate if all_on_disk => GradHome::Passing,
+                _ if in_pinned => GradHome::Slab,
+                _ => GradHome::Disk,
+            };
+        }
+    }
+
+    /// Sizes the shared slabs for what passes through pinned memory: one of each kind, or as many
+    /// as overlap wants.
+    fn stage(&mut self, ahead: bool) {
+        let lookahead = u64::from(self.options.lookahead);
+        let wanted = |passing: usize, most: u64| match passing {
+            0 => 0,
+            n if ahead => most.min(n as u64),
+            _ => 1,
+        };
+        for (index, class) in self.classes.iter().enumerate() {
+            let count = |holds: &dyn Fn(usize) -> bool| {
+                class.members.iter().filter(|s| holds(s.0 as usize)).count()
+            };
+            let params = count(&|s| self.param_home[s] == Tier::Disk);
+            let grads = count(&|s| self.grad_home[s] != GradHome::Slab);
+            self.param_stage[index] = wanted(params, 2 + lookahead);
+            self.grad_stage[index] = wanted(grads, 2 + lookahead.min(1));
+        }
+        let parts = self
+            .parts
+            .iter()
+            .flatten()
+            .filter(|p| p.home == Tier::Disk)
+            .count();
+        self.optim_stage = wanted(parts, 1 + lookahead.max(1) * 2);
+    }
+
+    fn act_slabs(&self) -> u64 {
+        self.act_home
+            .iter()
+            .flatten()
+            .filter(|h| **h == Tier::Pinned)
+            .count() as u64
+    }
+
+    /// Device memory that the placement takes, scratch included.
+    pub fn device_bytes(&self) -> u64 {
+        let round = |bytes: u64| bytes.next_multiple_of(DEVICE_ALIGN);
+        let classes = self
+            .classes
+            .iter()
+            .map(|c| (c.param_slots + c.grad_slots).saturating_mul(round(c.param_bytes)));
+        round(self.options.scratch_bytes)
+            + self.act_slots * round(self.act_bytes)
+            + classes.sum::<u64>()
+    }
+
+    /// Pinned memory that the placement takes.
+    pub fn pinned_bytes(&self) -> u64 {
+        let round = |bytes: u64| bytes.next_multiple_of(PINNED_ALIGN);
+        let mut bytes = round(self.options.pinned_fixed_bytes);
+        bytes += self.act_slabs() * round(self.act_bytes);
+        for (section, class) in self.class_of.iter().enumerate() {
+            let slab = round(self.classes[*class].param_bytes);
+            bytes += slab * u64::from(self.param_home[section] == Tier::Pinned);
+            bytes += slab * u64::from(self.grad_home[section] == GradHome::Slab);
+        }
+        for (index, class) in self.classes.iter().enumerate() {
+            bytes += (self.param_stage[index] + self.grad_stage[index]) * round(class.param_bytes);
+        }
+        let homes = self
+            .parts
+            .iter()
+            .flatten()
+            .filter(|p| p.home == Tier::Pinned);
+        bytes += homes.map(|p| round(12 * p.elements)).sum::<u64>();
+        bytes + self.optim_stage * round(self.optim_stage_bytes())
+    }
+
+    /// Bytes of states whose home is the disk.
+    pub fn disk_bytes(&self) -> u64 {
+        let mut bytes = 0;
+        for (section, class) in self.class_of.iter().enumerate() {
+            let size = self.classes[*class].param_bytes;
+            bytes += size * u64::from(self.param_home[section] == Tier::Disk);
+            bytes += size * u64::from(self.grad_home[section] == GradHome::Disk);
+        }
+        let parts = self.parts.iter().flatten().filter(|p| p.home == Tier::Disk);
+        bytes + parts.map(|p| 12 * p.elements).sum::<u64>()
+    }
+
+    /// Bytes of one shared slab for optimizer states: those of the largest part.
+    pub(crate) fn optim_stage_bytes(&self) -> u64 {
+        self.parts
+            .iter()
+            .flatten()
+            .map(|p| 12 * p.elements)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Where a section's parameters live.
+    pub fn param_home(&self, section: SectionId) -> Tier {
+        self.param_home[section.0 as usize]
+    }
+
+    /// Where a section's gradient waits for its update.
+    pub fn grad_home(&self, section: SectionId) -> GradHome {
+        self.grad_home[section.0 as usize]
+    }
+
+    /// A section's parts, in order.
+    pub fn parts(&self, section: SectionId) -> &[Part] {
+        &self.parts[section.0 as usize]
+    }
+
+    /// Where a stage's activation checkpoint waits, if it leaves one.
+    pub fn act_home(&self, stage: StageId) -> Option<Tier> {
+        self.act_home[stage.0 as usize]
+    }
+
+    /// Bytes of a checkpoint's slot or slab.
+    pub fn act_bytes(&self) -> u64 {
+        self.act_bytes
+    }
+
+    /// What it was placed with.
+    pub fn options(&self) -> &PlaceOptions {
+        &self.options
+    }
+
+    /// Whether a section's class has a slot for each member.
+    pub fn resident(&self, section: SectionId) -> bool {
+        let class = &self.classes[self.class_of[section.0 as usize]];
+        class.param_slots >= class.members.len() as u64
+    }
+
+    /// The pool of a kind that serves a section.
+    pub(crate) fn pool(&self, kind: PoolKind, section: SectionId) -> PoolId {
+        PoolId::new(kind, self.class_of[section.0 as usize])
+    }
+
+    /// A section's place among those of its size: the slot of a resident section.
+    pub fn member(&self, section: SectionId) -> u32 {
+        let class = &self.classes[self.class_of[section.0 as usize]];
+        class
+            .members
+            .iter()
+            .position(|m| *m == section)
+            .unwrap_or(0) as u32
+    }
+
+    pub(crate) fn class(&self, section: SectionId) -> usize {
+        self.class_of[section.0 as usize]
+    }
+
+    pub(crate) fn param_slots(&self, class: usize) -> (u64, u64) {
+        (
+            self.classes[class].param_slots,
+            self.classes[class].param_slots_min,
+        )
+    }
+
+    /// All pools of buffers, by [`PoolId`]. Buffers of a pool have one size.
+    pub fn pools(&self) -> Vec<Pool> {
+        let mut pools = vec![
+            Pool {
+                kind: PoolKind::ActSlot,
+                buffers: self.act_slots,
+                bytes: self.act_bytes,
+            },
+            Pool {
+                kind: PoolKind::OptimStage,
+                buffers: self.optim_stage,
+                bytes: self.optim_stage_bytes(),
+            },
+        ];
+        for (index, class) in self.classes.iter().enumerate() {
+            let pool = |kind, buffers| Pool {
+                kind,
+                buffers,
+                bytes: class.param_bytes,
+            };
+            pools.extend([
+                pool(PoolKind::ParamSlot, class.param_slots),
+                pool(PoolKind::GradSlot, class.grad_slots),
+                pool(PoolKind::ParamStage, self.param_stage[index]),
+                pool(PoolKind::GradStage, self.grad_stage[index]),
+            ]);
+        }
+        pools
+    }
+}
+
+impl Class {
+    fn new(param_bytes: u64) -> Self {
+        Self {
+            param_bytes,
+            members: Vec::new(),
+            param_slots: 0,
+            param_slots_min: 0,
+            grad_slots: 0,
+            grad_slots_min: 0,
+        }
+    }
+
+    fn set_least(&mut self, model: &Model) {
+        let of_class = |ids: &[SectionId]| ids.iter().filter(|s| self.members.contains(s)).count();
+        let stages = model.stages.iter().chain(&model.eval);
+        self.param_slots_min = stages.map(|s| of_class(&s.params)).max().unwrap_or(0) as u64;
+        let spans: Vec<_> = self
+            .members
+            .iter()
+            .filter_map(|m| model.grad_span(*m))
+            .collect();
+        let live = |stage: usize| {
+            spans
+                .iter()
+                .filter(|s| s.0 <= stage && stage <= s.1)
+                .count()
+        };
+        self.grad_slots_min = (0..model.stages.len()).map(live).max().unwrap_or(0) as u64;
+        self.param_slots = self.param_slots_min;
+        self.grad_slots = self.grad_slots_min;
+    }
+}
+
+fn parts(elements: u64, chunk: u64) -> Vec<Part> {
+    let count = elements.div_ceil(chunk.max(PART_ALIGN));
+    let size = elements.div_ceil(count).next_multiple_of(PART_ALIGN);
+    (0..count)
+        .map(|i| i * size)
+        .take_while(|first| *first < elements)
+        .map(|first| Part {
+            first,
+            elements: size.min(elements - first),
+            home: Tier::Disk,
+        })
+        .collect()
+}

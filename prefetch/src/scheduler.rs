@@ -1,0 +1,427 @@
+//! The state machine that walks a plan: told what completed, it answers what to start.
+//!
+//! Why it cannot deadlock: the tasks of a step stand in an order in which the step could run one
+//! by one; each lane starts its first *ready* task in that order; each pool grants its buffers in
+//! that order. So the earliest unfinished task always finds its dependencies complete, its lane
+//! free in time, and its pools with what they would hold had everything before it run alone.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::model::StageId;
+use crate::plan::{ClaimRef, LANES, Lane, Order, Plan, PoolId, TaskId, TaskKind, Window};
+
+/// A task of a certain step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TaskRef {
+    /// The step, counted by [`Scheduler::begin_step`] from 0.
+    pub step: u64,
+    /// The task.
+    pub id: TaskId,
+}
+
+/// Steps that may be open at once: one finishing its updates, one in compute.
+const OPEN_STEPS: usize = 2;
+
+/// Tasks that may be started and unfinished at once, by lane. Device lanes run ahead by events;
+/// disks want depth; the optimizer wants its next piece at hand.
+const IN_FLIGHT: [usize; 6] = [usize::MAX, 8, 8, 16, 16, 2];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Status {
+    Waiting,
+    Ready,
+    Started,
+    Issued,
+    Done,
+}
+
+#[derive(Debug)]
+struct Instance {
+    step: u64,
+    status: Vec<Status>,
+    /// Dependencies that do not hold yet.
+    missing: Vec<u32>,
+    /// Per claim of the plan, the buffer granted.
+    buffers: Vec<u32>,
+    left: usize,
+}
+
+/// An edge from a task to one that comes after it.
+#[derive(Clone, Copy, Debug)]
+struct Successor {
+    task: TaskId,
+    order: Order,
+}
+
+#[derive(Debug)]
+struct PoolState {
+    free: Vec<bool>,
+    /// Claiming tasks in plan order, once per claim.
+    claimants: Vec<TaskId>,
+    /// The claim to grant next: step, and position among the claimants.
+    next: (u64, usize),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Scheduler {
+    plan: Arc<Plan>,
+    same_step: Vec<Vec<Successor>>,
+    next_step: Vec<Vec<Successor>>,
+    first_claim: Vec<u32>,
+    open: VecDeque<Instance>,
+    spare: Vec<Instance>,
+    begun: u64,
+    pools: Vec<PoolState>,
+    ready: [Vec<TaskRef>; 6],
+    in_flight: [usize; 6],
+    /// Compute stages done, over all steps: the position look-ahead is measured from.
+    cursor: u64,
+    /// Updates from disk done, over all steps.
+    updated: u64,
+}
+
+impl Scheduler {
+    /// A machine at the start of its first step. Allocates everything it will ever need.
+    pub fn new(plan: Arc<Plan>) -> Self {
+        let count = plan.tasks().len();
+        let mut same_step = vec![Vec::new(); count];
+        let mut next_step = vec![Vec::new(); count];
+        let mut first_claim = Vec::with_capacity(count);
+        let mut claims = 0;
+        let mut pools: Vec<PoolState> = plan
+            .pools()
+            .iter()
+            .map(|p| PoolState {
+                free: vec![true; p.buffers as usize],
+                claimants: Vec::new(),
+                next: (0, 0),
+            })
+            .collect();
+        for (id, task) in (0..).map(TaskId).zip(plan.tasks()) {
+            for dep in &task.deps {
+                let list = if dep.previous_step {
+                    &mut next_step
+                } else {
+                    &mut same_step
+                };
+                list[dep.task.0 as usize].push(Successor {
+                    task: id,
+                    order: dep.order,
+                });
+            }
+            first_claim.push(claims);
+            claims += task.claims.len() as u32;
+            for pool in &task.claims {
+                pools[pool.0 as usize].claimants.push(id);
+            }
+        }
+        let instance = || Instance {
+            step: 0,
+            status: vec![Status::Waiting; count],
+            missing: vec![0; count],
+            buffers: vec![u32::MAX; claims as usize],
+            left: 0,
+        };
+        Self {
+            same_step,
+            next_step,
+            first_claim,
+            open: VecDeque::with_capacity(OPEN_STEPS),
+            spare: (0..OPEN_STEPS).map(|_| instance()).collect(),
+            begun: 0,
+            pools,
+            ready: LANES.map(|_| Vec::with_capacity(OPEN_STEPS * count)),
+            in_flight: [0; 6],
+            cursor: 0,
+            updated: 0,
+            plan,
+        }
+    }
+
+    /// The plan it walks.
+    pub fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// Whether another step may begin.
+    pub fn can_begin(&self) -> bool {
+        !self.spare.is_empty()
+    }
+
+    /// Opens the next step and returns its number.
+    ///
+    /// # Panics
+    /// Unless [`Scheduler::can_begin`].
+    pub fn begin_step(&mut self) -> u64 {
+        let mut instance = self.spare.pop().expect("as many steps are open as may be");
+        let step = self.begun;
+        self.begun += 1;
+        instance.step = step;
+        instance.left = self.plan.tasks().len();
+        instance.buffers.fill(u32::MAX);
+        let previous = self.open.back();
+        for (index, task) in self.plan.tasks().iter().enumerate() {
+            let holds = |dep: &&crate::plan::Dep| {
+                let status = match previous {
+                    Some(previous) => previous.status[dep.task.0 as usize],
+                    None => Status::Done,
+                };
+                dep.previous_step && satisfied(status, dep.order)
+            };
+            let held = task.deps.iter().filter(holds).count();
+            instance.missing[index] = (task.deps.len() - held) as u32;
+            instance.status[index] = Status::Waiting;
+        }
+        self.open.push_back(instance);
+        for index in 0..self.plan.tasks().len() {
+            self.ready_if(TaskRef {
+                step,
+                id: TaskId(index as u32),
+            });
+        }
+        step
+    }
+
+    /// The next task that may start now; `None` until something completes. Compute tasks start
+    /// through [`Scheduler::try_start_compute`] alone.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it is a machine to poll, not a sequence"
+    )]
+    pub fn next(&mut self) -> Option<TaskRef> {
+        for lane in LANES.into_iter().filter(|l| *l != Lane::Compute) {
+            if self.in_flight[lane as usize] >= IN_FLIGHT[lane as usize] {
+                continue;
+            }
+            let may = |task: &&TaskRef| self.in_window(**task) && self.can_claim(**task);
+            let found = self.ready[lane as usize].iter().find(may).copied();
+            if let Some(task) = found {
+                self.start(task);
+                return Some(task);
+            }
+        }
+        None
+    }
+
+    /// Starts a stage of the newest step if everything it needs is there.
+    pub fn try_start_compute(&mut self, stage: StageId) -> Option<TaskRef> {
+        let id = self.plan.stages()[stage.0 as usize].task?;
+        let task = TaskRef {
+            step: self.begun.checked_sub(1)?,
+            id,
+        };
+        if self.status(task) != Status::Ready || !self.can_claim(task) {
+            return None;
+        }
+        self.start(task);
+        Some(task)
+    }
+
+    /// Told by the driver: the work of a task on a device lane is in its stream.
+    pub fn issued(&mut self, task: TaskRef) {
+        self.set(task, Status::Issued);
+        self.advance(task, Order::Issued);
+    }
+
+    /// Told by the driver: a task is complete. Its buffers return to their pools.
+    pub fn done(&mut self, task: TaskRef) {
+        let was = self.status(task);
+        self.set(task, Status::Done);
+        let plan = Arc::clone(&self.plan);
+        let spec = plan.task(task.id);
+        self.in_flight[spec.lane as usize] -= 1;
+        for &claim in &spec.frees {
+            let pool = plan.task(claim.task).claims[claim.claim as usize];
+            let buffer = self.buffer(task.step, claim);
+            self.pools[pool.0 as usize].free[buffer as usize] = true;
+        }
+        match spec.kind {
+            TaskKind::Compute(_) => self.cursor += 1,
+            TaskKind::WriteOptim(..) => self.updated += 1,
+            _ => {}
+        }
+        if was != Status::Issued {
+            self.advance(task, Order::Issued);
+        }
+        self.advance(task, Order::Done);
+        self.instance_mut(task.step).left -= 1;
+        while self.open.front().is_some_and(|i| i.left == 0) {
+            // The step after has taken note of all of its tasks by now.
+            self.spare.extend(self.open.pop_front());
+        }
+    }
+
+    /// The buffer that a claim of an open step was granted.
+    ///
+    /// # Panics
+    /// If the claiming task has not started.
+    pub fn buffer(&self, step: u64, claim: ClaimRef) -> u32 {
+        let index = self.first_claim[claim.task.0 as usize] + claim.claim;
+        let buffer = self.instance(step).buffers[index as usize];
+        assert_ne!(
+            buffer,
+            u32::MAX,
+            "a buffer was asked for before its task started"
+        );
+        buffer
+    }
+
+    /// The tasks that come before `task` on the device and are issued but not done: the driver
+    /// makes the stream wait for them.
+    pub fn unfinished_deps(&self, task: TaskRef) -> impl Iterator<Item = TaskRef> {
+        self.plan.task(task.id).deps.iter().filter_map(move |dep| {
+            let step = task.step.checked_sub(u64::from(dep.previous_step))?;
+            let earlier = TaskRef { step, id: dep.task };
+            (self.is_open(step) && self.status(earlier) == Status::Issued).then_some(earlier)
+        })
+    }
+
+    /// Whether a task is complete.
+    pub fn is_done(&self, task: TaskRef) -> bool {
+        !self.is_open(task.step) && task.step < self.begun
+            || self.is_open(task.step) && self.status(task) == Status::Done
+    }
+
+    /// Whether every task of every step begun is complete.
+    pub fn idle(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Buffers of a pool that are taken.
+    pub fn taken(&self, pool: PoolId) -> usize {
+        self.pools[pool.0 as usize]
+            .free
+            .iter()
+            .filter(|f| !**f)
+            .count()
+    }
+
+    fn start(&mut self, task: TaskRef) {
+        let plan = Arc::clone(&self.plan);
+        let spec = plan.task(task.id);
+        for (index, pool) in spec.claims.iter().enumerate() {
+            let pool = &mut self.pools[pool.0 as usize];
+            let buffer = pool
+                .free
+                .iter()
+                .position(|f| *f)
+                .expect("checked by can_claim");
+            pool.free[buffer] = false;
+            pool.next.1 += 1;
+            if pool.next.1 == pool.claimants.len() {
+                pool.next = (pool.next.0 + 1, 0);
+            }
+            let claim = self.first_claim[task.id.0 as usize] as usize + index;
+            self.instance_mut(task.step).buffers[claim] = buffer as u32;
+        }
+        let ready = &mut self.ready[spec.lane as usize];
+        if let Ok(position) = ready.binary_search(&task) {
+            ready.remove(position);
+        }
+        self.in_flight[spec.lane as usize] += 1;
+        self.set(task, Status::Started);
+    }
+
+    fn in_window(&self, task: TaskRef) -> bool {
+        let ahead = u64::from(self.plan.lookahead);
+        let stages = self.plan.stages().len() as u64;
+        let stage = |id: StageId| task.step * stages + u64::from(id.0);
+        match self.plan.task(task.id).window {
+            Window::Open => true,
+            Window::Fetch(id) => stage(id) <= self.cursor + ahead,
+            Window::Read(id) => stage(id) <= self.cursor + ahead + ahead.min(1),
+            Window::Update(n) => {
+                let update = task.step * u64::from(self.plan.staged_updates) + u64::from(n);
+                update <= self.updated + ahead
+            }
+        }
+    }
+
+    /// Whether it is the turn of all of a task's claims, and buffers are there.
+    fn can_claim(&self, task: TaskRef) -> bool {
+        let claims = &self.plan.task(task.id).claims;
+        claims.iter().enumerate().all(|(index, id)| {
+            let earlier = claims[..index].iter().filter(|c| *c == id).count();
+            let pool = &self.pools[id.0 as usize];
+            // A task's claims on one pool stand one after the other.
+            let turn = pool.next.0 == task.step && pool.claimants[pool.next.1] == task.id;
+            turn && pool.free.iter().filter(|f| **f).count() > earlier
+        })
+    }
+
+    fn ready_if(&mut self, task: TaskRef) {
+        let instance = self.instance_mut(task.step);
+        let index = task.id.0 as usize;
+        if instance.missing[index] == 0 && instance.status[index] == Status::Waiting {
+            instance.status[index] = Status::Ready;
+            let ready = &mut self.ready[self.plan.task(task.id).lane as usize];
+            let position = ready.partition_point(|t| *t < task);
+            ready.insert(position, task);
+        }
+    }
+
+    /// Lets the successors of a task know.
+    fn advance(&mut self, task: TaskRef, order: Order) {
+        for same in [true, false] {
+            let step = task.step + u64::from(!same);
+            if !self.is_open(step) {
+                continue;
+            }
+            let count = self.successors(same, task.id).len();
+            for index in 0..count {
+                let successor = self.successors(same, task.id)[index];
+                if successor.order == order {
+                    self.instance_mut(step).missing[successor.task.0 as usize] -= 1;
+                    self.ready_if(TaskRef {
+                        step,
+                        id: successor.task,
+                    });
+                }
+            }
+        }
+    }
+
+    fn successors(&self, same_step: bool, id: TaskId) -> &[Successor] {
+        let lists = if same_step {
+            &self.same_step
+        } else {
+            &self.next_step
+        };
+        &lists[id.0 as usize]
+    }
+
+    fn is_open(&self, step: u64) -> bool {
+        self.open.iter().any(|i| i.step == step)
+    }
+
+    fn status(&self, task: TaskRef) -> Status {
+        self.instance(task.step).status[task.id.0 as usize]
+    }
+
+    fn set(&mut self, task: TaskRef, status: Status) {
+        self.instance_mut(task.step).status[task.id.0 as usize] = status;
+    }
+
+    fn instance(&self, step: u64) -> &Instance {
+        self.open
+            .iter()
+            .find(|i| i.step == step)
+            .expect("the step is open")
+    }
+
+    fn instance_mut(&mut self, step: u64) -> &mut Instance {
+        self.open
+            .iter_mut()
+            .find(|i| i.step == step)
+            .expect("the step is open")
+    }
+}
+
+fn satisfied(status: Status, order: Order) -> bool {
+    match order {
+        Order::Issued => matches!(status, Status::Issued | Status::Done),
+        Order::Done => status == Status::Done,
+    }
+}
