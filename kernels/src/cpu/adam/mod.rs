@@ -1,0 +1,302 @@
+//! AdamW (Loshchilov and Hutter, arXiv 1711.05101) in one pass over memory: unscale, clip, update
+//! and cast.
+//!
+//! One sequence of operations for every path, written once in [`element`]: fused multiply-adds
+//! where written, correctly rounded square root and division, no flush to zero. The paths are the
+//! same loop compiled for different instruction sets, so they give the same bits:
+//!
+//! ```text
+//! g = gradient * scale
+//! m = fma(beta1, m, (1 - beta1) * g)
+//! v = fma(beta2, v, ((1 - beta2) * g) * g)
+//! p = fma(-lr / (1 - beta1^t), m / fma(sqrt(v), 1 / sqrt(1 - beta2^t), eps), p * (1 - lr * decay))
+//! ```
+
+mod paths;
+
+use half::bf16;
+
+use super::isa::Isa;
+use super::shared::Shared;
+use super::workers::Workers;
+
+/// Elements that one worker takes at a time: 28 bytes each, about a second-level cache.
+const CHUNK: usize = 32 << 10;
+
+/// Constants of AdamW, as `torch.optim.AdamW` names them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+impl AdamW {
+    /// The scalars of applied step `step`, counted from 1, with the gradient multiplied by
+    /// `grad_scale` (loss scale and clipping). Computed in f64, rounded once.
+    pub fn at(&self, step: u64, lr: f64, grad_scale: f64) -> AdamScalars {
+        let power = |beta: f64| beta.powf(step as f64);
+        AdamScalars {
+            grad_scale: grad_scale as f32,
+            keep: (1.0 - lr * self.weight_decay) as f32,
+            beta1: self.beta1 as f32,
+            one_minus_beta1: (1.0 - self.beta1) as f32,
+            beta2: self.beta2 as f32,
+            one_minus_beta2: (1.0 - self.beta2) as f32,
+            eps: self.eps as f32,
+            minus_rate: (-lr / (1.0 - power(self.beta1))) as f32,
+            root_correction: (1.0 / (1.0 - power(self.beta2)).sqrt()) as f32,
+        }
+    }
+}
+
+/// The scalars of one step; from [`AdamW::at`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamScalars {
+    grad_scale: f32,
+    keep: f32,
+    beta1: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    eps: f32,
+    minus_rate: f32,
+    root_correction: f32,
+}
+
+impl AdamScalars {
+    /// Scalars under which an update leaves all states as they are and only casts the master:
+    /// what a skipped step, or parameters derived anew, ask for.
+    pub fn unchanged() -> Self {
+        Self {
+            grad_scale: 0.0,
+            keep: 1.0,
+            beta1: 1.0,
+            one_minus_beta1: 0.0,
+            beta2: 1.0,
+            one_minus_beta2: 0.0,
+            eps: 1.0,
+            minus_rate: 0.0,
+            root_correction: 1.0,
+        }
+    }
+
+    /// Whether these are [`AdamScalars::unchanged`]: then the gradient is not looked at, for
+    /// 0 times infinity would be NaN.
+    fn is_unchanged(&self) -> bool {
+        *self == Self::unchanged()
+    }
+}
+
+/// The states of a run of elements, all of one length.
+#[derive(Debug)]
+pub struct States<'a> {
+    /// fp32 parameters.
+    pub master: &'a mut [f32],
+    /// First moments.
+    pub m: &'a mut [f32],
+    /// Second moments.
+    pub v: &'a mut [f32],
+}
+
+/// Gradient in, parameter out, each as long as the states.
+#[derive(Debug)]
+pub enum Exchange<'a> {
+    /// Both in f32.
+    F32 {
+        /// Read.
+        grad: &'a [f32],
+        /// Written.
+        param: &'a mut [f32],
+    },
+    /// Both in f32; the parameter replaces the gradient.
+    InPlaceF32(&'a mut [f32]),
+    /// Both in bf16.
+    Bf16 {
+        /// Read.
+        grad: &'a [bf16],
+        /// Written.
+        param: &'a mut [bf16],
+    },
+    /// Both in bf16; the parameter replaces the gradient.
+    InPlaceBf16(&'a mut [bf16]),
+    /// Gradient in f32, parameter in bf16.
+    F32ToBf16 {
+        /// Read.
+        grad: &'a [f32],
+        /// Written.
+        param: &'a mut [bf16],
+    },
+    /// Gradient in bf16, parameter in f32.
+    Bf16ToF32 {
+        /// Read.
+        grad: &'a [bf16],
+        /// Written.
+        param: &'a mut [f32],
+    },
+}
+
+impl Exchange<'_> {
+    fn lens(&self) -> (usize, usize) {
+        match self {
+            Self::F32 { grad, param } => (grad.len(), param.len()),
+            Self::InPlaceF32(both) => (both.len(), both.len()),
+            Self::Bf16 { grad, param } => (grad.len(), param.len()),
+            Self::InPlaceBf16(both) => (both.len(), both.len()),
+            Self::F32ToBf16 { grad, param } => (grad.len(), param.len()),
+            Self::Bf16ToF32 { grad, param } => (grad.len(), param.len()),
+        }
+    }
+}
+
+/// Updates a run of elements on this thread.
+///
+/// # Panics
+/// If lengths differ, or this machine cannot run `isa`.
+pub fn adamw(isa: Isa, scalars: &AdamScalars, states: States<'_>, exchange: Exchange<'_>) {
+    assert!(isa.runs_here(), "this machine cannot run {isa:?}");
+    let len = states.master.len();
+    let all = Pieces::new(states, exchange);
+    // SAFETY: one piece, alive alone.
+    unsafe { all.update(isa, scalars, 0, len) };
+}
+
+/// Updates a run of elements on all workers; the same bits as [`adamw`].
+///
+/// # Panics
+/// If lengths differ, or this machine cannot run `isa`.
+pub fn adamw_parallel(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &AdamScalars,
+    states: States<'_>,
+    exchange: Exchange<'_>,
+) {
+    assert!(isa.runs_here(), "this machine cannot run {isa:?}");
+    let len = states.master.len();
+    let all = Pieces::new(states, exchange);
+    workers.run(len.div_ceil(CHUNK), &|chunk, _| {
+        let (start, end) = (chunk * CHUNK, ((chunk + 1) * CHUNK).min(len));
+        // SAFETY: chunks do not overlap.
+        unsafe { all.update(isa, scalars, start, end) };
+    });
+}
+
+/// Gradient and parameter as shared memory.
+enum Sides<'a> {
+    F32(&'a [f32], Shared<'a, f32>),
+    InPlaceF32(Shared<'a, f32>),
+    Bf16(&'a [bf16], Shared<'a, bf16>),
+    InPlaceBf16(Shared<'a, bf16>),
+    F32ToBf16(&'a [f32], Shared<'a, bf16>),
+    Bf16ToF32(&'a [bf16], Shared<'a, f32>),
+}
+
+/// All memory of an update, to be cut into pieces.
+struct Pieces<'a> {
+    master: Shared<'a, f32>,
+    m: Shared<'a, f32>,
+    v: Shared<'a, f32>,
+    sides: Sides<'a>,
+}
+
+impl<'a> Pieces<'a> {
+    fn new(states: States<'a>, exchange: Exchange<'a>) -> Self {
+        let len = states.master.len();
+        let (grad, param) = exchange.lens();
+        let same = [states.m.len(), states.v.len(), grad, param]
+            .iter()
+            .all(|l| *l == len);
+        assert!(same, "states, gradient and parameter differ in length");
+        let sides = match exchange {
+            Exchange::F32 { grad, param } => Sides::F32(grad, Shared::new(param)),
+            Exchange::InPlaceF32(both) => Sides::InPlaceF32(Shared::new(both)),
+            Exchange::Bf16 { grad, param } => Sides::Bf16(grad, Shared::new(param)),
+            Exchange::InPlaceBf16(both) => Sides::InPlaceBf16(Shared::new(both)),
+            Exchange::F32ToBf16 { grad, param } => Sides::F32ToBf16(grad, Shared::new(param)),
+            Exchange::Bf16ToF32 { grad, param } => Sides::Bf16ToF32(grad, Shared::new(param)),
+        };
+        Self {
+            master: Shared::new(states.master),
+            m: Shared::new(states.m),
+            v: Shared::new(states.v),
+            sides,
+        }
+    }
+
+    /// # Safety
+    /// Elements `start..end` are in no other piece alive, and this machine runs `isa`.
+    unsafe fn update(&self, isa: Isa, scalars: &AdamScalars, start: usize, end: usize) {
+        let range = start..end;
+        // SAFETY: disjoint by the contract above.
+        unsafe {
+            let states = (
+                self.master.piece(range.clone()),
+                self.m.piece(range.clone()),
+                self.v.piece(range.clone()),
+            );
+            match &self.sides {
+                Sides::F32(grad, param) => {
+                    paths::run(
+                        isa,
+                        scalars,
+                        states,
+                        &grad[range.clone()],
+                        param.piece(range),
+                    );
+                }
+                Sides::Bf16(grad, param) => {
+                    paths::run(
+                        isa,
+                        scalars,
+                        states,
+                        &grad[range.clone()],
+                        param.piece(range),
+                    );
+                }
+                Sides::F32ToBf16(grad, param) => {
+                    paths::run(
+                        isa,
+                        scalars,
+                        states,
+                        &grad[range.clone()],
+                        param.piece(range),
+                    );
+                }
+                Sides::Bf16ToF32(grad, param) => {
+                    paths::run(
+                        isa,
+                        scalars,
+                        states,
+                        &grad[range.clone()],
+                        param.piece(range),
+                    );
+                }
+                Sides::InPlaceF32(both) => {
+                    paths::run_in_place(isa, scalars, states, both.piece(range));
+                }
+                Sides::InPlaceBf16(both) => {
+                    paths::run_in_place(isa, scalars, states, both.piece(range));
+                }
+            }
+        }
+    }
+}
+
+/// One element: `(master, m, v)` after the step.
+#[inline(always)]
+fn element(s: &AdamScalars, grad: f32, p: f32, m: f32, v: f32) -> (f32, f32, f32) {
+    let g = grad * s.grad_scale;
+    let m = s.beta1.mul_add(m, s.one_minus_beta1 * g);
+    let v = s.beta2.mul_add(v, (s.one_minus_beta2 * g) * g);
+    let denominator = v.sqrt().mul_add(s.root_correction, s.eps);
+    let p = s.minus_rate.mul_add(m / denominator, p * s.keep);
+    (p, m, v)
+}

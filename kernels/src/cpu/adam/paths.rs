@@ -1,0 +1,161 @@
+//! The one loop, compiled for each instruction set.
+//!
+//! The compiler turns `f32::mul_add`, `sqrt` and `/` into the vector instructions of whatever a
+//! function is compiled for, each correctly rounded as the scalar one; there are no intrinsics to
+//! keep in step.
+
+use half::bf16;
+
+use super::{AdamScalars, element};
+use crate::cpu::cast::round_to_bf16;
+use crate::cpu::isa::Isa;
+
+/// A type in which gradients come and parameters leave.
+pub(super) trait Value: Copy {
+    fn get(self) -> f32;
+    fn put(value: f32) -> Self;
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn put(value: f32) -> Self {
+        value
+    }
+}
+
+impl Value for bf16 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn put(value: f32) -> Self {
+        round_to_bf16(value)
+    }
+}
+
+type StateSlices<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
+
+#[inline(always)]
+fn split<G: Value, P: Value>(
+    s: &AdamScalars,
+    states: StateSlices<'_>,
+    grad: &[G],
+    param: &mut [P],
+) {
+    let len = grad.len();
+    let (master, m, v) = (
+        &mut states.0[..len],
+        &mut states.1[..len],
+        &mut states.2[..len],
+    );
+    let param = &mut param[..len];
+    for i in 0..len {
+        (master[i], m[i], v[i]) = element(s, grad[i].get(), master[i], m[i], v[i]);
+        param[i] = P::put(master[i]);
+    }
+}
+
+#[inline(always)]
+fn in_place<T: Value>(s: &AdamScalars, states: StateSlices<'_>, both: &mut [T]) {
+    let len = both.len();
+    let (master, m, v) = (
+        &mut states.0[..len],
+        &mut states.1[..len],
+        &mut states.2[..len],
+    );
+    for i in 0..len {
+        (master[i], m[i], v[i]) = element(s, both[i].get(), master[i], m[i], v[i]);
+        both[i] = T::put(master[i]);
+    }
+}
+
+macro_rules! path {
+    ($module:ident, $features:literal) => {
+        #[cfg(target_arch = "x86_64")]
+        mod $module {
+            use super::*;
+
+            #[target_feature(enable = $features)]
+            pub(super) fn split<G: Value, P: Value>(
+                s: &AdamScalars,
+                states: StateSlices<'_>,
+                grad: &[G],
+                param: &mut [P],
+            ) {
+                super::split(s, states, grad, param);
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) fn in_place<T: Value>(
+                s: &AdamScalars,
+                states: StateSlices<'_>,
+                both: &mut [T],
+            ) {
+                super::in_place(s, states, both);
+            }
+        }
+    };
+}
+
+path!(avx2, "avx2,fma");
+path!(avx512, "avx2,fma,avx512f");
+
+/// Updates a piece, the parameter going elsewhere than the gradient.
+///
+/// # Safety
+/// This machine runs `isa`.
+pub(super) unsafe fn run<G: Value, P: Value>(
+    isa: Isa,
+    s: &AdamScalars,
+    states: StateSlices<'_>,
+    grad: &[G],
+    param: &mut [P],
+) {
+    if s.is_unchanged() {
+        for (param, master) in param.iter_mut().zip(&*states.0) {
+            *param = P::put(*master);
+        }
+        return;
+    }
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: by the contract above.
+        Isa::Avx2 => unsafe { avx2::split(s, states, grad, param) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: by the contract above.
+        Isa::Avx512 => unsafe { avx512::split(s, states, grad, param) },
+        _ => split(s, states, grad, param),
+    }
+}
+
+/// Updates a piece, the parameter replacing the gradient.
+///
+/// # Safety
+/// This machine runs `isa`.
+pub(super) unsafe fn run_in_place<T: Value>(
+    isa: Isa,
+    s: &AdamScalars,
+    states: StateSlices<'_>,
+    both: &mut [T],
+) {
+    if s.is_unchanged() {
+        for (param, master) in both.iter_mut().zip(&*states.0) {
+            *param = T::put(*master);
+        }
+        return;
+    }
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: by the contract above.
+        Isa::Avx2 => unsafe { avx2::in_place(s, states, both) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: by the contract above.
+        Isa::Avx512 => unsafe { avx512::in_place(s, states, both) },
+        _ => in_place(s, states, both),
+    }
+}

@@ -1,0 +1,15 @@
+//! Kernels for CPUs.
+
+mod adam;
+mod cast;
+mod isa;
+mod norm;
+pub mod ops;
+mod shared;
+mod workers;
+
+pub use adam::{AdamScalars, AdamW, Exchange, States, adamw, adamw_parallel};
+pub use cast::{bf16_to_f32, f32_to_bf16, round_to_bf16};
+pub use isa::Isa;
+pub use norm::{NormIn, SquareSum, square_sum};
+pub use workers::Workers;
