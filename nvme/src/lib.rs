@@ -1,1 +1,43 @@
-//! placeholder
+//! Forebay's disk tier: verified direct I/O, extents and generations.
+//!
+//! A [`Store`] keeps the states of a model in one file a disk. Every write goes to an extent that
+//! the published generation does not use, so that a crash leaves the old or the new generation and
+//! never a mix; every read is verified against a checksum that covers the data and where it
+//! belongs. Reads and writes take a [`Slab`](forebay_pinned::Slab) and give it back with their
+//! result: while the kernel may touch it, nobody else can.
+//!
+//! ```
+//! use forebay_nvme::*;
+//! use forebay_pinned::Arena;
+//!
+//! # let folder = tempfile::tempdir()?;
+//! let arena = Arena::new(1 << 20)?;
+//! let key = Key { section: 0, state: StateKind::Optim, part: 0 };
+//! let layout = Layout::new("tiny", 1, [(key, 100_000, "layer 0")]);
+//! let mut store = Store::create(&arena, &layout, &Options::new([folder.path()]))?;
+//!
+//! let mut slab = arena.lease(100_000)?;
+//! slab.fill(7);
+//! store.write(key, slab)?;
+//! let done = store.wait()?;
+//! store.publish("step 1")?;
+//!
+//! store.read(key, done.slab)?;
+//! assert!(store.wait()?.slab.iter().all(|byte| *byte == 7));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+#![deny(missing_docs)]
+
+mod error;
+mod files;
+pub mod io;
+mod key;
+mod owner;
+pub mod probe;
+mod store;
+
+pub use error::Error;
+pub use io::IoChoice;
+pub use key::{Key, Layout, StateKind};
+pub use owner::Direction;
+pub use store::{Done, Options, Stats, Store};

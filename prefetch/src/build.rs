@@ -298,8 +298,11 @@ impl<'a> Builder<'a> {
             let staged = (part.home == Tier::Disk).then(|| {
                 let bytes = 12 * part.elements;
                 let kind = TaskKind::ReadOptim(section, index);
-                // A read of states waits for its turn only, unless nothing may run ahead.
-                let waits = (self.placement.options().lookahead == 0).then_some(ready);
+                // A read of states waits for its turn only; unless nothing may run ahead, or an
+                // undone step would need the buffer (see `Timing::Immediate`).
+                let options = self.placement.options();
+                let waits = options.lookahead == 0 || options.timing == Timing::Immediate;
+                let waits = waits.then_some(ready);
                 let read = self.add(kind, Lane::DiskRead, bytes, waits.into_iter().collect());
                 self.at(read).window = Window::Update(self.staged_updates);
                 self.staged_updates += 1;
@@ -444,7 +447,9 @@ impl<'a> Builder<'a> {
             }
             for (read, write) in &progress.states {
                 if let (Some(read), Some(write)) = (read, write) {
-                    self.at(*read).deps.push(previous(after(*write)));
+                    let undone = norm.filter(|_| immediate).map(after);
+                    let deps = undone.into_iter().chain([after(*write)]).map(previous);
+                    self.at(*read).deps.extend(deps);
                 }
             }
         }

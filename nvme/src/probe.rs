@@ -1,0 +1,99 @@
+//! What the disk of a machine can do, found by doing it.
+
+use std::io;
+use std::path::Path;
+use std::time::Instant;
+
+use forebay_pinned::Arena;
+
+use crate::io::UringIo;
+use crate::{Error, IoChoice, Key, Layout, Options, StateKind, Store};
+
+/// Rates of a disk, in bytes per second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DiskRate {
+    /// Reading.
+    pub read_bytes_per_s: f64,
+    /// Writing.
+    pub write_bytes_per_s: f64,
+}
+
+/// Whether io_uring works here: one real operation, not only the set-up.
+///
+/// # Errors
+/// Why not, and what to change.
+pub fn io_uring() -> Result<(), String> {
+    UringIo::works()
+}
+
+/// Writes `bytes` of real data to a file in `folder`, past the page cache, and reads them back.
+/// (A file that was reserved and never written reads faster than any disk.)
+///
+/// # Errors
+/// What keeps a store from working there.
+pub fn disk(folder: &Path, bytes: u64) -> Result<DiskRate, Error> {
+    let pieces = 16;
+    let piece = (bytes / pieces).max(1 << 20);
+    let arena = Arena::new(pieces * piece).map_err(|e| Error::Folder {
+        path: folder.into(),
+        source: io::Error::other(e),
+    })?;
+    let scratch = folder.join(format!(".forebay-probe-{}", std::process::id()));
+    std::fs::create_dir(&scratch).map_err(|source| Error::Folder {
+        path: folder.into(),
+        source,
+    })?;
+    let result = measure(&arena, &scratch, pieces, piece);
+    // The figures stand whether or not the leftovers go.
+    let _ = std::fs::remove_dir_all(&scratch);
+    result
+}
+
+fn measure(arena: &Arena, folder: &Path, pieces: u64, piece: u64) -> Result<DiskRate, Error> {
+    let key = |part: u64| Key {
+        section: 0,
+        state: StateKind::Grad,
+        part: part as u32,
+    };
+    let layout = Layout::new("probe", 0, (0..pieces).map(|p| (key(p), piece, "probe")));
+    let options = Options {
+        io: IoChoice::Auto,
+        ..Options::new([folder])
+    };
+    let mut store = Store::create(arena, &layout, &options)?;
+    let mut slabs = Vec::new();
+    for part in 0..pieces {
+        let mut slab = arena.lease(piece).map_err(|e| Error::Folder {
+            path: folder.into(),
+            source: io::Error::other(e),
+        })?;
+        // Not zeros: some disks make short work of those.
+        let (words, _) = slab.as_chunks_mut::<8>();
+        for (i, word) in words.iter_mut().enumerate() {
+            *word = (i as u64 ^ (part << 40))
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .to_le_bytes();
+        }
+        slabs.push(slab);
+    }
+    let mut run = |write: bool, slabs: Vec<forebay_pinned::Slab>| {
+        let start = Instant::now();
+        let count = slabs.len();
+        for (part, slab) in (0..).zip(slabs) {
+            if write {
+                store.write(key(part), slab)?
+            } else {
+                store.read(key(part), slab)?
+            }
+        }
+        let back: Result<Vec<_>, Error> = (0..count).map(|_| Ok(store.wait()?.slab)).collect();
+        let rate = (pieces * piece) as f64 / start.elapsed().as_secs_f64();
+        Ok::<_, Error>((rate, back?))
+    };
+    let (write_bytes_per_s, slabs) = run(true, slabs)?;
+    let (read_bytes_per_s, _) = run(false, slabs)?;
+    Ok(DiskRate {
+        read_bytes_per_s,
+        write_bytes_per_s,
+    })
+}
