@@ -537,6 +537,21 @@ impl Placement {
             .unwrap_or(0) as u32
     }
 
+    /// The pool of a section's parameter slots.
+    pub fn param_pool(&self, section: SectionId) -> PoolId {
+        self.pool(PoolKind::ParamSlot, section)
+    }
+
+    /// The pool of shared slabs that a section's gradient passes through, if it has none of its own.
+    pub fn grad_stage_pool(&self, section: SectionId) -> PoolId {
+        self.pool(PoolKind::GradStage, section)
+    }
+
+    /// The pool of shared slabs that optimizer states pass through.
+    pub fn optim_stage_pool(&self) -> PoolId {
+        PoolId::new(PoolKind::OptimStage, 0)
+    }
+
     pub(crate) fn class(&self, section: SectionId) -> usize {
         self.class_of[section.0 as usize]
     }

@@ -4,6 +4,7 @@
 mod bytes;
 mod device;
 mod error;
+pub mod machine;
 mod model;
 mod operation;
 pub mod ops;
@@ -13,7 +14,11 @@ mod trainer;
 
 pub use bytes::{Bytes, BytesError};
 pub use error::{Error, Result};
+pub use forebay_prefetch::Budgets;
 pub use model::{Init, Model, Section, SectionId, Stage, StageId, TensorSpec};
 pub use operation::{Element, HostArgs, HostContext, Operation};
 pub use tensor::{DType, Shape, Tensor, TensorMut};
-pub use trainer::{Finished, Footprint, Frame, Pass, StageLease, Step, footprint};
+pub use trainer::{
+    AdamW, Ceilings, DeviceChoice, Finished, Footprint, Frame, HopReport, IoChoice, Options, Pass,
+    Policy, RandomInit, Report, StageLease, Step, TierReport, Trainer, Weights, footprint, requirements,
+};

@@ -219,28 +219,24 @@ impl Model {
         Ok(())
     }
 
-    /// The model as plans see it, with the stages of `stages`.
-    pub(crate) fn order(&self, stages: &[Stage], dtype: DType) -> order::Model {
+    /// The model as plans see it.
+    pub(crate) fn order(&self, dtype: DType) -> order::Model {
+        let section = |s: &Section| order::SectionSize {
+            name: s.name.clone(),
+            elements: s.elements(),
+            param_bytes: s.elements() * dtype.bytes() as u64,
+        };
+        let stage = |s: &Stage| order::StageSpec {
+            name: s.name.clone(),
+            params: s.params.clone(),
+            grads: s.grads.clone(),
+            saves: s.saves.map(|shape| (shape.elements() * DType::F32.bytes()) as u64),
+            restores: s.restores.map(|id| order::StageId(id.0)),
+        };
         order::Model {
-            sections: self
-                .sections
-                .iter()
-                .map(|s| order::SectionSize {
-                    name: s.name.clone(),
-                    elements: s.elements(),
-                    param_bytes: s.elements() * dtype.bytes() as u64,
-                })
-                .collect(),
-            stages: stages
-                .iter()
-                .map(|s| order::StageSpec {
-                    name: s.name.clone(),
-                    params: s.params.clone(),
-                    grads: s.grads.clone(),
-                    saves: s.saves.map(|shape| shape.elements() as u64 * 4),
-                    restores: s.restores.map(|id| order::StageId(id.0)),
-                })
-                .collect(),
+            sections: self.sections.iter().map(section).collect(),
+            stages: self.train.iter().map(stage).collect(),
+            eval: self.eval.iter().map(stage).collect(),
         }
     }
 }

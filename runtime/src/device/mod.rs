@@ -58,6 +58,12 @@ pub(crate) trait Device: Send {
     /// `from` lies in [`Device::memory`] and nothing unordered with `stream` writes it.
     unsafe fn copy_out(&mut self, stream: Stream, from: Span, target: *mut u8) -> Event;
 
+    /// Queues a copy within device memory on the compute stream.
+    ///
+    /// # Safety
+    /// As for [`Device::launch`].
+    unsafe fn copy(&mut self, from: u64, to: Span) -> Event;
+
     /// Queues an operation on the compute stream.
     ///
     /// # Safety
@@ -85,6 +91,9 @@ pub(crate) trait Device: Send {
 
     /// Blocks until all streams are empty. Returns on a failed device too.
     fn drain(&self);
+
+    /// Threads that operations are spread over, for the sizes of workspaces.
+    fn threads(&self) -> usize;
 
     /// Time that `stream` has spent working so far.
     fn busy(&self, stream: Stream) -> Duration;

@@ -7,23 +7,6 @@
 //! except where a parameter says otherwise. An operation of your own goes the same way:
 //! [`Operation`](crate::Operation).
 
-mod activation;
-mod attention;
-mod cross_entropy;
-mod elementwise;
-mod embedding;
-mod linear;
-mod norm;
-mod rope;
-
-pub use activation::{swiglu, swiglu_backward};
-pub use attention::{AttentionShape, attention, attention_backward};
-pub use cross_entropy::{ClassifierGrads, cross_entropy};
-pub use elementwise::{add, add_assign, copy, fill};
-pub use embedding::{embedding, embedding_backward};
-pub use linear::{linear, linear_dw, linear_dx};
-pub use norm::{rms_norm, rms_norm_backward};
-pub use rope::{Rotation, rope};
 
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape};

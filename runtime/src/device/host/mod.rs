@@ -101,6 +101,17 @@ impl Device for HostDevice {
         Event { stream, seq }
     }
 
+    unsafe fn copy(&mut self, from: u64, to: Span) -> Event {
+        let source = Span { address: from, bytes: to.bytes };
+        assert!(self.contains(source) && self.contains(to), "a copy outside device memory");
+        let seq = self.stream(Stream::Compute).push("copy", move || {
+            // SAFETY: both places are mapped (checked above) and ordered by the caller.
+            unsafe { std::ptr::copy(from as *const u8, to.address as *mut u8, to.bytes as usize) };
+            Ok(())
+        });
+        Event { stream: Stream::Compute, seq }
+    }
+
     unsafe fn launch(&mut self, launch: Launch) -> Event {
         let inside = launch
             .views()
@@ -147,6 +158,10 @@ impl Device for HostDevice {
 
     fn drain(&self) {
         self.streams.iter().for_each(WorkQueue::drain);
+    }
+
+    fn threads(&self) -> usize {
+        self.context.workers.threads()
     }
 
     fn busy(&self, stream: Stream) -> Duration {

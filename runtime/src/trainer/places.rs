@@ -1,0 +1,139 @@
+//! Every place of the two fast tiers, taken once when the trainer opens: slots in device memory,
+//! slabs of the arena.
+
+use forebay_pinned::{Arena, Slab};
+use forebay_prefetch::{
+    GradHome, Model as Order, Placement, PoolId, PoolKind, SectionId, StageId, Tier,
+};
+
+use super::dry::Footprint;
+use crate::device::Span;
+use crate::error::Result;
+
+const DEVICE_ALIGN: u64 = 256;
+/// Device memory is read back to the host in pieces of this size.
+pub(super) const READ_BYTES: u64 = 64 << 10;
+const SMALL_BYTES: u64 = 4096;
+
+/// Pinned memory that a trainer takes besides slabs of states: token ids of two steps, the piece
+/// for reading back, the loss.
+pub(super) fn fixed_bytes(footprint: Footprint) -> u64 {
+    2 * footprint.input_bytes.next_multiple_of(SMALL_BYTES) + READ_BYTES + SMALL_BYTES
+}
+
+/// A slab's place while it is with the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SlabPlace {
+    Pool(PoolId, u32),
+    Grad(SectionId),
+    Optim(SectionId, u32),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Places {
+    /// By pool: the address of each device buffer.
+    slots: Vec<Vec<u64>>,
+    /// By pool: the slab of each pinned buffer; `None` while the disk has it.
+    slabs: Vec<Vec<Option<Slab>>>,
+    pub(super) param: Vec<Option<Slab>>,
+    grad: Vec<Option<Slab>>,
+    optim: Vec<Vec<Option<Slab>>>,
+    acts: Vec<Option<Slab>>,
+    pub(super) inputs: [Slab; 2],
+    pub(super) read: Slab,
+    pub(super) small: Slab,
+    pub(super) scratch: Span,
+}
+
+impl Places {
+    pub(super) fn take(
+        order: &Order,
+        placement: &Placement,
+        footprint: Footprint,
+        device: Span,
+        arena: &Arena,
+    ) -> Result<Self> {
+        let mut next = device.address;
+        let mut slot = |bytes: u64| {
+            let address = next;
+            next += bytes.next_multiple_of(DEVICE_ALIGN);
+            address
+        };
+        let (mut slots, mut slabs) = (Vec::new(), Vec::new());
+        for pool in placement.pools() {
+            let on_device =
+                matches!(pool.kind, PoolKind::ActSlot | PoolKind::ParamSlot | PoolKind::GradSlot);
+            let (devices, pinned) = if on_device { (pool.buffers, 0) } else { (0, pool.buffers) };
+            slots.push((0..devices).map(|_| slot(pool.bytes)).collect());
+            let leases: Result<Vec<_>, _> =
+                (0..pinned).map(|_| arena.lease(pool.bytes).map(Some)).collect();
+            slabs.push(leases?);
+        }
+        let lease = |wanted: bool, bytes: u64| wanted.then(|| arena.lease(bytes)).transpose();
+        let (mut param, mut grad, mut optim) = (Vec::new(), Vec::new(), Vec::new());
+        for (id, section) in (0..).map(SectionId).zip(&order.sections) {
+            let bytes = section.param_bytes;
+            param.push(lease(placement.param_home(id) == Tier::Pinned, bytes)?);
+            grad.push(lease(placement.grad_home(id) == GradHome::Slab, bytes)?);
+            let parts = placement.parts(id).iter();
+            let parts = parts.map(|p| lease(p.home == Tier::Pinned, 12 * p.elements));
+            optim.push(parts.collect::<Result<Vec<_>, _>>()?);
+        }
+        let acts = (0..order.stages.len() as u32).map(|stage| {
+            let pinned = placement.act_home(StageId(stage)) == Some(Tier::Pinned);
+            lease(pinned, placement.act_bytes())
+        });
+        let input = || arena.lease(footprint.input_bytes);
+        Ok(Self {
+            acts: acts.collect::<Result<_, _>>()?,
+            inputs: [input()?, input()?],
+            read: arena.lease(READ_BYTES)?,
+            small: arena.lease(SMALL_BYTES)?,
+            scratch: Span {
+                address: slot(footprint.scratch_bytes),
+                bytes: footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN),
+            },
+            slots,
+            slabs,
+            param,
+            grad,
+            optim,
+        })
+    }
+
+    pub(super) fn slot(&self, pool: PoolId, buffer: u32) -> u64 {
+        self.slots[pool.0 as usize][buffer as usize]
+    }
+
+    pub(super) fn act(&self, stage: StageId) -> &Slab {
+        self.acts[stage.0 as usize].as_ref().expect("the checkpoint passes through pinned memory")
+    }
+
+    pub(super) fn get(&self, place: SlabPlace) -> &Slab {
+        let slab = match place {
+            SlabPlace::Pool(pool, buffer) => &self.slabs[pool.0 as usize][buffer as usize],
+            SlabPlace::Grad(section) => &self.grad[section.0 as usize],
+            SlabPlace::Optim(section, part) => &self.optim[section.0 as usize][part as usize],
+        };
+        slab.as_ref().expect("the plan uses no slab that is with the disk")
+    }
+
+    fn place(&mut self, place: SlabPlace) -> &mut Option<Slab> {
+        match place {
+            SlabPlace::Pool(pool, buffer) => &mut self.slabs[pool.0 as usize][buffer as usize],
+            SlabPlace::Grad(section) => &mut self.grad[section.0 as usize],
+            SlabPlace::Optim(section, part) => &mut self.optim[section.0 as usize][part as usize],
+        }
+    }
+
+    /// Hands a slab out, to the disk.
+    pub(super) fn take_slab(&mut self, place: SlabPlace) -> Slab {
+        self.place(place).take().expect("the plan uses no slab that is with the disk")
+    }
+
+    /// Takes a slab back.
+    pub(super) fn return_slab(&mut self, place: SlabPlace, slab: Slab) {
+        *self.place(place) = Some(slab);
+    }
+}

@@ -1,0 +1,179 @@
+//! What a run used and did, beside what it could have done.
+
+use std::path::Path;
+use std::time::Instant;
+
+use forebay_kernels::cpu::{AdamW, Exchange, Isa, States, Workers, adamw_parallel};
+use forebay_prefetch::{Bound, Lane, Rates, Traffic, bound};
+
+use super::Trainer;
+use crate::error::{Error, Result};
+
+/// Rates of this machine, measured by bare loops with no engine in them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ceilings {
+    /// Bytes per second copied to the device.
+    pub h2d: f64,
+    /// Bytes per second copied from the device.
+    pub d2h: f64,
+    /// Bytes per second read from disk.
+    pub disk_read: f64,
+    /// Bytes per second written to disk.
+    pub disk_write: f64,
+    /// Elements per second updated by AdamW.
+    pub adam: f64,
+}
+
+impl Ceilings {
+    /// Measures them, in about a second, with 64 MiB of disk and 80 MiB of memory that are given
+    /// back.
+    ///
+    /// # Errors
+    /// A disk folder that cannot be used; threads refused.
+    pub fn measure(disk: &Path, threads: usize) -> Result<Self> {
+        let copy = copy_rate();
+        let disk = forebay_nvme::probe::disk(disk, 64 << 20)?;
+        Ok(Self {
+            h2d: copy,
+            d2h: copy,
+            disk_read: disk.read_bytes_per_s,
+            disk_write: disk.write_bytes_per_s,
+            adam: adam_rate(threads)?,
+        })
+    }
+}
+
+/// The best of a few bare copies by one thread.
+fn copy_rate() -> f64 {
+    let bytes = 32 << 20;
+    let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
+    let time = (0..5).map(|_| {
+        let start = Instant::now();
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&mut to);
+        start.elapsed().as_secs_f64()
+    });
+    bytes as f64 / time.fold(f64::INFINITY, f64::min)
+}
+
+fn adam_rate(threads: usize) -> Result<f64> {
+    let workers = Workers::new(threads, "fb-ceiling").map_err(Error::system("starting threads"))?;
+    let elements = 4 << 20;
+    let mut arrays = [(); 4].map(|()| vec![0.5f32; elements]);
+    let [master, m, v, both] = &mut arrays;
+    let adam = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let scalars = adam.at(1, 1e-3, 1.0);
+    let times = (0..4).map(|_| {
+        let start = Instant::now();
+        let states = States { master: &mut *master, m: &mut *m, v: &mut *v };
+        adamw_parallel(&workers, Isa::best(), &scalars, states, Exchange::InPlaceF32(&mut *both));
+        start.elapsed().as_secs_f64()
+    });
+    Ok(elements as f64 / times.fold(f64::INFINITY, f64::min))
+}
+
+/// A tier's budget and what was used of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TierReport {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes allowed; for the disk, bytes of its files.
+    pub budget_bytes: u64,
+    /// The most bytes in use at once.
+    pub peak_bytes: u64,
+}
+
+/// What moved over one hop.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HopReport {
+    /// From where to where.
+    pub name: &'static str,
+    /// Bytes, in all training steps of this run.
+    pub bytes: u64,
+    /// Seconds in which something was moving.
+    pub busy_s: f64,
+}
+
+/// What a run used and did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The device.
+    pub device: String,
+    /// How the disk is driven.
+    pub disk: String,
+    /// Whether pinned memory is page-locked, and what to do if not.
+    pub lock: String,
+    /// Device, pinned memory, disk.
+    pub tiers: [TierReport; 3],
+    /// Host to device, device to host, disk reads, disk writes.
+    pub hops: [HopReport; 4],
+    /// Training steps of this run.
+    pub steps: u64,
+    /// The median step, in seconds.
+    pub step_s: f64,
+    /// Seconds that the trainer waited for sections.
+    pub waited_s: f64,
+    /// Bytes that a step moves by plan.
+    pub traffic: Traffic,
+    /// Mean seconds of compute, by stage.
+    pub stage_s: Vec<f64>,
+    /// Bytes written to disk in the store's life.
+    pub life_written_bytes: u64,
+    plan: std::sync::Arc<forebay_prefetch::Plan>,
+}
+
+impl Report {
+    /// The least time that a step could take at these rates. Compute is what the device spent in
+    /// operations in this run.
+    pub fn bound(&self, ceilings: &Ceilings) -> Bound {
+        let rates = Rates {
+            stage_seconds: self.stage_s.clone(),
+            h2d: ceilings.h2d,
+            d2h: ceilings.d2h,
+            disk_read: ceilings.disk_read,
+            disk_write: ceilings.disk_write,
+            cpu: ceilings.adam,
+        };
+        bound(&self.plan, &rates)
+    }
+}
+
+pub(super) fn report(trainer: &Trainer) -> Report {
+    let engine = &trainer.engine;
+    let (telemetry, stats) = (&engine.telemetry, engine.store.stats());
+    let [_, h2d, d2h, _] = engine.busy();
+    let moved = |lane: Lane| telemetry.moved[lane as usize];
+    let hop = |name, lane, busy: std::time::Duration| HopReport {
+        name,
+        bytes: moved(lane),
+        busy_s: busy.as_secs_f64(),
+    };
+    let tier = |name, budget_bytes, peak_bytes| TierReport { name, budget_bytes, peak_bytes };
+    let used = engine.placement.device_bytes() - engine.places.scratch.bytes;
+    let mut times = telemetry.step_seconds.clone();
+    times.sort_by(f64::total_cmp);
+    let steps = telemetry.steps.max(1) as f64;
+    Report {
+        device: engine.device.name(),
+        disk: engine.store.describe().to_owned(),
+        lock: trainer.lock.to_string(),
+        tiers: [
+            tier("device", trainer.budgets.device_bytes, used + trainer.scratch.peak()),
+            tier("pinned", trainer.budgets.pinned_bytes, engine.arena.peak()),
+            tier("disk", stats.file_bytes, stats.file_bytes),
+        ],
+        hops: [
+            hop("pinned to device", Lane::H2d, h2d),
+            hop("device to pinned", Lane::D2h, d2h),
+            hop("disk to pinned", Lane::DiskRead, stats.busy),
+            hop("pinned to disk", Lane::DiskWrite, stats.busy),
+        ],
+        steps: telemetry.steps,
+        step_s: times.get(times.len() / 2).copied().unwrap_or(0.0),
+        waited_s: telemetry.waited.as_secs_f64(),
+        traffic: Traffic::of(engine.plan()),
+        stage_s: telemetry.stage_seconds.iter().map(|s| s / steps).collect(),
+        life_written_bytes: stats.life_written_bytes,
+        plan: std::sync::Arc::clone(engine.plan()),
+    }
+}

@@ -1,0 +1,89 @@
+//! What a run did: bytes by hop, time by lane and stage, and who was waited for.
+
+use std::time::{Duration, Instant};
+
+use forebay_prefetch::{LANES, Plan, Task, TaskKind};
+
+/// Counters of a trainer's training steps.
+#[derive(Debug)]
+pub(super) struct Telemetry {
+    /// Bytes (or elements) moved, by lane.
+    pub(super) moved: [u64; LANES.len()],
+    /// Seconds of compute, by stage, summed over steps.
+    pub(super) stage_seconds: Vec<f64>,
+    /// When each step's end was seen, kept as sums: the time between ends.
+    pub(super) step_seconds: Vec<f64>,
+    last_end: Option<Instant>,
+    compute_seen: Duration,
+    /// Stages computed, for the mean of `stage_seconds`.
+    pub(super) steps: u64,
+    waiting_since: Option<Instant>,
+    /// Time in which the trainer waited for a stage's sections.
+    pub(super) waited: Duration,
+    passes: u64,
+}
+
+/// Steps whose times are kept.
+const STEPS_KEPT: usize = 1 << 16;
+
+impl Telemetry {
+    pub(super) fn new(plan: &Plan) -> Self {
+        Self {
+            moved: [0; LANES.len()],
+            stage_seconds: vec![0.0; plan.stages().len()],
+            step_seconds: Vec::with_capacity(STEPS_KEPT),
+            last_end: None,
+            compute_seen: Duration::ZERO,
+            steps: 0,
+            waiting_since: None,
+            waited: Duration::ZERO,
+            passes: 0,
+        }
+    }
+
+    pub(super) fn begin_step(&mut self) {
+        self.last_end.get_or_insert_with(Instant::now);
+    }
+
+    pub(super) fn end_step(&mut self, now: Instant) {
+        if let Some(last) = self.last_end.replace(now)
+            && self.step_seconds.len() < STEPS_KEPT
+        {
+            self.step_seconds.push((now - last).as_secs_f64());
+        }
+        self.steps += 1;
+    }
+
+    /// Time between steps that is not theirs: evaluation, publishing.
+    pub(super) fn pause(&mut self, compute_busy: Duration) {
+        self.last_end = None;
+        self.compute_seen = compute_busy;
+    }
+
+    pub(super) fn end_pass(&mut self) {
+        self.passes += 1;
+    }
+
+    pub(super) fn passes(&self) -> u64 {
+        self.passes
+    }
+
+    pub(super) fn done(&mut self, task: &Task, compute_busy: Duration) {
+        self.moved[task.lane as usize] += task.amount;
+        if let TaskKind::Compute(stage) = task.kind {
+            let spent = compute_busy.saturating_sub(self.compute_seen);
+            self.compute_seen = compute_busy;
+            self.stage_seconds[stage.0 as usize] += spent.as_secs_f64();
+        }
+    }
+
+    pub(super) fn waiting(&mut self) {
+        self.waiting_since.get_or_insert_with(Instant::now);
+    }
+
+    pub(super) fn entered(&mut self) {
+        if let Some(since) = self.waiting_since.take() {
+            self.waited += since.elapsed();
+        }
+    }
+}
