@@ -2,97 +2,159 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
 use clap::Parser;
 use forebay::{Bytes, DeviceChoice, Policy};
+use serde::{Deserialize, Serialize};
 
 /// Train a decoder on text, its states spread over device memory, page-locked host memory and disk.
 #[derive(Parser, Debug)]
 #[command(version, about)]
-pub struct Args {
-    /// Steps of the whole run, those before --resume included
-    #[arg(long, default_value_t = 150)]
-    pub steps: u64,
-    /// Sequences in a step
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
-    pub batch: u32,
-    /// Tokens in a sequence
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
-    pub seq: u32,
+pub(crate) struct Args {
+    /// Steps of the whole run, those before --resume included [default: 150]
+    #[arg(long)]
+    pub(crate) steps: Option<u64>,
+    /// Sequences in a step [default: 8]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) batch: Option<u32>,
+    /// Tokens in a sequence [default: 128]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
+    pub(crate) seq: Option<u32>,
     /// A Hugging Face config.json (Llama or Qwen3); by default a small byte-level Llama
     #[arg(long)]
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// Files and folders of text; by default this project's own sources and documents
     #[arg(long, num_args = 1..)]
-    pub data: Vec<PathBuf>,
+    pub(crate) data: Vec<PathBuf>,
     /// auto, host or cuda
     #[arg(long, default_value = "auto")]
-    pub device: DeviceChoice,
+    pub(crate) device: DeviceChoice,
     /// Bytes of device memory, as 512MiB or 8GB; by default what lets a third of the layers stay
     #[arg(long, alias = "device-budget")]
-    pub gpu_budget: Option<Bytes>,
+    pub(crate) gpu_budget: Option<Bytes>,
     /// Bytes of page-locked host memory; by default what lets half of the optimizer states stay
     #[arg(long)]
-    pub pinned_budget: Option<Bytes>,
+    pub(crate) pinned_budget: Option<Bytes>,
     /// A folder for the disk tier; give it again for each further disk
     #[arg(long)]
-    pub disk: Vec<PathBuf>,
+    pub(crate) disk: Vec<PathBuf>,
     /// auto, resident, pinned or disk
     #[arg(long, default_value = "auto", value_parser = policy)]
-    pub placement: Policy,
+    pub(crate) placement: Policy,
     /// Stages by which copies run ahead of compute; 0 turns overlap off
     #[arg(long, default_value_t = 2)]
-    pub lookahead: u32,
+    pub(crate) lookahead: u32,
     /// Threads of the host device and of the CPU optimizer; by default one a core
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub threads: Option<u32>,
-    /// Seed of the weights and of the order of the data
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 3e-3)]
-    pub lr: f64,
-    /// Steps over which the learning rate rises to its peak
-    #[arg(long, default_value_t = 15)]
-    pub warmup: u64,
-    /// Where the cosine decay ends, as a part of the peak
-    #[arg(long, default_value_t = 0.1)]
-    pub lr_floor: f64,
-    /// Weight decay of matrices
-    #[arg(long, default_value_t = 0.1)]
-    pub weight_decay: f64,
-    /// Largest global norm of a gradient; 0 turns clipping off
-    #[arg(long, default_value_t = 1.0)]
-    pub clip: f64,
+    pub(crate) threads: Option<u32>,
+    /// Seed of the weights and of the order of the data [default: 0]
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Peak learning rate [default: 0.003]
+    #[arg(long)]
+    pub(crate) lr: Option<f64>,
+    /// Steps over which the learning rate rises to its peak [default: 15]
+    #[arg(long)]
+    pub(crate) warmup: Option<u64>,
+    /// Where the cosine decay ends, as a part of the peak [default: 0.1]
+    #[arg(long)]
+    pub(crate) lr_floor: Option<f64>,
+    /// Weight decay of matrices [default: 0.1]
+    #[arg(long)]
+    pub(crate) weight_decay: Option<f64>,
+    /// Largest global norm of a gradient; 0 turns clipping off [default: 1]
+    #[arg(long)]
+    pub(crate) clip: Option<f64>,
     /// Steps between generations on disk; 0: only at the end
     #[arg(long, default_value_t = 50)]
-    pub publish: u64,
-    /// Go on from the newest generation in --disk
+    pub(crate) publish: u64,
+    /// Go on from the newest generation in --disk; what belongs to the run (--steps, --batch,
+    /// --lr and the like) is as it was, unless given anew
     #[arg(long)]
-    pub resume: bool,
+    pub(crate) resume: bool,
     /// Stop after this many steps of this run and publish, as Ctrl-C would
     #[arg(long)]
-    pub stop_after: Option<u64>,
+    pub(crate) stop_after: Option<u64>,
     /// Slow the disk down to so many bytes per second, as 200MB
     #[arg(long, hide = true)]
-    pub disk_throttle: Option<Bytes>,
+    pub(crate) disk_throttle: Option<Bytes>,
     /// One JSON object a line: each step, then {"summary": ...}
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
-fn policy(text: &str) -> Result<Policy, String> {
+fn policy(text: &str) -> std::result::Result<Policy, String> {
     match text {
         "auto" => Ok(Policy::Auto),
         "resident" => Ok(Policy::Resident),
         "pinned" => Ok(Policy::Pinned),
         "disk" => Ok(Policy::Disk),
-        _ => Err(format!("'{text}' is not a placement: use auto, resident, pinned or disk")),
+        _ => Err(format!(
+            "'{text}' is not a placement: use auto, resident, pinned or disk"
+        )),
     }
 }
 
-impl Args {
+/// What a run is, apart from where it runs: kept in every generation, so that a resumed run is the
+/// same run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Recipe {
+    pub(crate) steps: u64,
+    pub(crate) batch: u32,
+    pub(crate) seq: u32,
+    pub(crate) seed: u64,
+    pub(crate) lr: f64,
+    pub(crate) warmup: u64,
+    pub(crate) lr_floor: f64,
+    pub(crate) weight_decay: f64,
+    pub(crate) clip: f64,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            steps: 150,
+            batch: 8,
+            seq: 128,
+            seed: 0,
+            lr: 3e-3,
+            warmup: 15,
+            lr_floor: 0.1,
+            weight_decay: 0.1,
+            clip: 1.0,
+        }
+    }
+}
+
+impl Recipe {
+    /// This recipe with what the command line gives.
+    pub(crate) fn with(self, args: &Args) -> Result<Self> {
+        let recipe = Self {
+            steps: args.steps.unwrap_or(self.steps),
+            batch: args.batch.unwrap_or(self.batch),
+            seq: args.seq.unwrap_or(self.seq),
+            seed: args.seed.unwrap_or(self.seed),
+            lr: args.lr.unwrap_or(self.lr),
+            warmup: args.warmup.unwrap_or(self.warmup),
+            lr_floor: args.lr_floor.unwrap_or(self.lr_floor),
+            weight_decay: args.weight_decay.unwrap_or(self.weight_decay),
+            clip: args.clip.unwrap_or(self.clip),
+        };
+        for (flag, value) in [
+            ("--lr", recipe.lr),
+            ("--lr-floor", recipe.lr_floor),
+            ("--weight-decay", recipe.weight_decay),
+            ("--clip", recipe.clip),
+        ] {
+            if !value.is_finite() || value < 0.0 {
+                bail!("{flag} {value}: give a number that is not negative");
+            }
+        }
+        Ok(recipe)
+    }
+
     /// The learning rate of a step: linear warm-up, then a cosine down to the floor.
-    pub fn learning_rate(&self, step: u64) -> f64 {
+    pub(crate) fn learning_rate(&self, step: u64) -> f64 {
         if step < self.warmup {
             return self.lr * (step + 1) as f64 / self.warmup as f64;
         }

@@ -15,28 +15,32 @@ const DEFAULT_FILE_BYTES_MAX: u64 = 1 << 20;
 const DEFAULT_SUFFIXES: [&str; 5] = ["rs", "md", "toml", "py", "sh"];
 
 /// The bytes of all files, in order of path.
-pub struct Data {
+pub(crate) struct Data {
     train: Vec<u8>,
     held_out: Vec<u8>,
-    pub files: usize,
+    pub(crate) files: usize,
 }
 
 /// A batch of `[batch, seq]` ids and their successors.
-pub struct Tokens {
-    pub ids: Vec<u32>,
-    pub targets: Vec<u32>,
+pub(crate) struct Tokens {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) targets: Vec<u32>,
 }
 
 impl Data {
     /// Reads files and folders; of folders, the sources and documents in them.
-    pub fn read(paths: &[PathBuf], sequence: usize) -> Result<Self> {
+    pub(crate) fn read(paths: &[PathBuf], sequence: usize) -> Result<Self> {
         let mut files = Vec::new();
         for path in paths {
             collect(path, &mut files)?;
         }
         files.sort();
         files.dedup();
-        let mut data = Self { train: Vec::new(), held_out: Vec::new(), files: files.len() };
+        let mut data = Self {
+            train: Vec::new(),
+            held_out: Vec::new(),
+            files: files.len(),
+        };
         for path in &files {
             data.add(path)?;
         }
@@ -70,30 +74,39 @@ impl Data {
         Ok(())
     }
 
-    pub fn train_bytes(&self) -> usize {
+    pub(crate) fn train_bytes(&self) -> usize {
         self.train.len()
     }
 
     /// Entropy of single bytes of the training text, in nats: the loss of the best model that
     /// looks at no context.
-    pub fn unigram_entropy(&self) -> f64 {
+    pub(crate) fn unigram_entropy(&self) -> f64 {
         let mut counts = [0u64; 256];
         self.train.iter().for_each(|b| counts[usize::from(*b)] += 1);
         let total = self.train.len() as f64;
-        counts.iter().filter(|c| **c > 0).map(|c| *c as f64 / total).map(|p| -p * p.ln()).sum()
+        counts
+            .iter()
+            .filter(|c| **c > 0)
+            .map(|c| *c as f64 / total)
+            .map(|p| -p * p.ln())
+            .sum()
     }
 
     /// The batch of a step: windows at random places, from the seed and the step's number alone,
     /// so that a resumed run sees what the uninterrupted one saw.
-    pub fn batch(&self, seed: u64, step: u64, batch: usize, sequence: usize) -> Tokens {
+    pub(crate) fn batch(&self, seed: u64, step: u64, batch: usize, sequence: usize) -> Tokens {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(step + 1);
         let last = self.train.len() - sequence - 1;
-        windows(&self.train, sequence, (0..batch).map(|_| rng.random_range(0..=last)))
+        windows(
+            &self.train,
+            sequence,
+            (0..batch).map(|_| rng.random_range(0..=last)),
+        )
     }
 
     /// Batches that cover the held-out text once, as far as whole windows go, at most `most`.
-    pub fn held_out(
+    pub(crate) fn held_out(
         &self,
         batch: usize,
         sequence: usize,
@@ -111,17 +124,24 @@ impl Data {
     }
 
     /// The beginning of the held-out text, for a sample to continue.
-    pub fn prompt(&self, bytes: usize) -> &[u8] {
+    pub(crate) fn prompt(&self, bytes: usize) -> &[u8] {
         &self.held_out[..bytes.min(self.held_out.len())]
     }
 }
 
 fn windows(text: &[u8], sequence: usize, starts: impl Iterator<Item = usize>) -> Tokens {
-    let mut tokens = Tokens { ids: Vec::new(), targets: Vec::new() };
+    let mut tokens = Tokens {
+        ids: Vec::new(),
+        targets: Vec::new(),
+    };
     for start in starts {
         let window = &text[start..start + sequence + 1];
-        tokens.ids.extend(window[..sequence].iter().map(|b| u32::from(*b)));
-        tokens.targets.extend(window[1..].iter().map(|b| u32::from(*b)));
+        tokens
+            .ids
+            .extend(window[..sequence].iter().map(|b| u32::from(*b)));
+        tokens
+            .targets
+            .extend(window[1..].iter().map(|b| u32::from(*b)));
     }
     tokens
 }
@@ -144,7 +164,9 @@ fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         if kind.is_dir() {
             collect(&path, files)?;
         } else if kind.is_file()
-            && path.extension().is_some_and(|e| DEFAULT_SUFFIXES.iter().any(|s| e == *s))
+            && path
+                .extension()
+                .is_some_and(|e| DEFAULT_SUFFIXES.iter().any(|s| e == *s))
             && entry.metadata()?.len() <= DEFAULT_FILE_BYTES_MAX
         {
             files.push(path);

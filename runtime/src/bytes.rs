@@ -46,14 +46,20 @@ impl FromStr for Bytes {
     type Err = BytesError;
 
     fn from_str(text: &str) -> Result<Self, BytesError> {
-        let error = || BytesError { text: text.to_owned() };
+        let error = || BytesError {
+            text: text.to_owned(),
+        };
         let trimmed = text.trim();
         let split = trimmed
             .find(|c: char| !(c.is_ascii_digit() || c == '.' || c == '_'))
             .unwrap_or(trimmed.len());
         let (number, unit) = trimmed.split_at(split);
         let unit = unit.trim().to_ascii_lowercase();
-        let scale = UNITS.iter().find(|(name, _)| *name == unit).ok_or_else(error)?.1;
+        let scale = UNITS
+            .iter()
+            .find(|(name, _)| *name == unit)
+            .ok_or_else(error)?
+            .1;
         let number = number.replace('_', "");
         if let Ok(whole) = number.parse::<u64>() {
             return whole.checked_mul(scale).map(Bytes).ok_or_else(error);
@@ -61,7 +67,11 @@ impl FromStr for Bytes {
         let fraction: f64 = number.parse().map_err(|_| error())?;
         let bytes = fraction * scale as f64;
         // 2^63 is far above any memory and exactly representable.
-        if bytes.is_finite() && bytes < 9.2e18 { Ok(Bytes(bytes as u64)) } else { Err(error()) }
+        if bytes.is_finite() && bytes < 9.2e18 {
+            Ok(Bytes(bytes as u64))
+        } else {
+            Err(error())
+        }
     }
 }
 
@@ -79,7 +89,11 @@ impl fmt::Display for Bytes {
             write!(f, "{value:.0} {unit}")
         } else {
             let text = format!("{value:.2}");
-            write!(f, "{} {unit}", text.trim_end_matches('0').trim_end_matches('.'))
+            write!(
+                f,
+                "{} {unit}",
+                text.trim_end_matches('0').trim_end_matches('.')
+            )
         }
     }
 }
@@ -90,16 +104,27 @@ mod tests {
 
     #[test]
     fn sizes_read_in_both_systems_of_units() {
-        for (text, bytes) in
-            [("4096", 4096), ("512MiB", 512 << 20), ("8GB", 8_000_000_000), ("0.5 g", 1 << 29)]
-        {
+        for (text, bytes) in [
+            ("4096", 4096),
+            ("512MiB", 512 << 20),
+            ("8GB", 8_000_000_000),
+            ("0.5 g", 1 << 29),
+        ] {
             assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
         }
     }
 
     #[test]
     fn nonsense_is_refused_with_an_example() {
-        for text in ["", "abc", "12XB", "-5MiB", "99999999999999TiB", "1.2.3GB", "1e400"] {
+        for text in [
+            "",
+            "abc",
+            "12XB",
+            "-5MiB",
+            "99999999999999TiB",
+            "1.2.3GB",
+            "1e400",
+        ] {
             let error = text.parse::<Bytes>().expect_err(text);
             assert!(error.to_string().contains("512MiB"), "{error}");
         }

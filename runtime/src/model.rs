@@ -43,20 +43,23 @@ const TENSOR_ALIGN: usize = 64;
 impl Section {
     /// A section without tensors yet; the name appears in errors, stores and traces.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), tensors: Vec::new() }
+        Self {
+            name: name.into(),
+            tensors: Vec::new(),
+        }
     }
 
     /// Adds a tensor. Matrices take weight decay, vectors do not.
     #[must_use]
-    pub fn tensor(
-        mut self,
-        name: impl Into<String>,
-        shape: impl Into<Shape>,
-        init: Init,
-    ) -> Self {
+    pub fn tensor(mut self, name: impl Into<String>, shape: impl Into<Shape>, init: Init) -> Self {
         let shape = shape.into();
         let decay = shape.dims().len() > 1;
-        self.tensors.push(TensorSpec { name: name.into(), shape, init, decay });
+        self.tensors.push(TensorSpec {
+            name: name.into(),
+            shape,
+            init,
+            decay,
+        });
         self
     }
 
@@ -109,7 +112,10 @@ pub struct Stage {
 impl Stage {
     /// A stage that uses nothing yet.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..Self::default() }
+        Self {
+            name: name.into(),
+            ..Self::default()
+        }
     }
 
     /// The parameters of these sections must be on the device.
@@ -155,7 +161,10 @@ impl Model {
     /// A model without sections yet. The name is stored with its states: a store opens only under
     /// a model of the same name, sections and shapes.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..Self::default() }
+        Self {
+            name: name.into(),
+            ..Self::default()
+        }
     }
 
     /// Adds a section.
@@ -194,7 +203,11 @@ impl Model {
             for tensor in &section.tensors {
                 words.push(tensor.name.clone().into_bytes());
                 words.extend(
-                    tensor.shape.dims().iter().map(|d| (*d as u64).to_le_bytes().to_vec()),
+                    tensor
+                        .shape
+                        .dims()
+                        .iter()
+                        .map(|d| (*d as u64).to_le_bytes().to_vec()),
                 );
             }
         }
@@ -204,15 +217,26 @@ impl Model {
     pub(crate) fn validate(&self) -> Result<()> {
         for (i, section) in self.sections.iter().enumerate() {
             if section.parameters() == 0 {
-                return Err(Error::Model(format!("section '{}' holds no elements", section.name)));
+                return Err(Error::Model(format!(
+                    "section '{}' holds no elements",
+                    section.name
+                )));
             }
             if self.sections[..i].iter().any(|s| s.name == section.name) {
-                return Err(Error::Model(format!("two sections are named '{}'", section.name)));
+                return Err(Error::Model(format!(
+                    "two sections are named '{}'",
+                    section.name
+                )));
             }
             for (t, tensor) in section.tensors.iter().enumerate() {
-                if section.tensors[..t].iter().any(|other| other.name == tensor.name) {
+                if section.tensors[..t]
+                    .iter()
+                    .any(|other| other.name == tensor.name)
+                {
                     let (section, tensor) = (&section.name, &tensor.name);
-                    return Err(Error::Model(format!("'{section}' has two tensors '{tensor}'")));
+                    return Err(Error::Model(format!(
+                        "'{section}' has two tensors '{tensor}'"
+                    )));
                 }
             }
         }
@@ -230,7 +254,9 @@ impl Model {
             name: s.name.clone(),
             params: s.params.clone(),
             grads: s.grads.clone(),
-            saves: s.saves.map(|shape| (shape.elements() * DType::F32.bytes()) as u64),
+            saves: s
+                .saves
+                .map(|shape| (shape.elements() * DType::F32.bytes()) as u64),
             restores: s.restores.map(|id| order::StageId(id.0)),
         };
         order::Model {
@@ -243,8 +269,10 @@ impl Model {
 
 /// FNV-1a, 64 bits, of a list of words: where identity across versions matters more than speed.
 pub(crate) fn fnv<'a>(words: impl IntoIterator<Item = &'a [u8]>) -> u64 {
-    words.into_iter().flat_map(|word| word.iter().chain(&[0xff])).fold(
-        0xcbf2_9ce4_8422_2325,
-        |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3),
-    )
+    words
+        .into_iter()
+        .flat_map(|word| word.iter().chain(&[0xff]))
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        })
 }

@@ -100,7 +100,11 @@ impl<'a> HostArgs<'a> {
         let view = typed::<T>(self.outputs.next(), "output")?;
         // SAFETY: as in `input`; outputs overlap nothing (checked at launch), and the iterator
         // gives each out once.
-        Ok(unsafe { std::slice::from_raw_parts_mut(view.address as *mut T, view.shape.elements()) })
+        Ok(
+            unsafe {
+                std::slice::from_raw_parts_mut(view.address as *mut T, view.shape.elements())
+            },
+        )
     }
 }
 
@@ -109,7 +113,11 @@ fn typed<'v, T: Element>(view: Option<&'v View>, what: &str) -> Result<&'v View,
     if view.dtype == T::DTYPE && view.address % align_of::<T>() as u64 == 0 {
         Ok(view)
     } else {
-        Err(format!("wants {:?} where the {what} is {:?}", T::DTYPE, view.dtype))
+        Err(format!(
+            "wants {:?} where the {what} is {:?}",
+            T::DTYPE,
+            view.dtype
+        ))
     }
 }
 
@@ -132,10 +140,13 @@ impl Launch {
     pub(crate) fn new<O: Operation>(
         operation: O,
         inputs: &[Tensor<'_>],
-        outputs: &[&mut TensorMut<'_>],
+        outputs: &[TensorMut<'_>],
     ) -> Result<Self> {
         const {
-            assert!(size_of::<O>() <= PAYLOAD_WORDS * 8, "an operation's value is too large");
+            assert!(
+                size_of::<O>() <= PAYLOAD_WORDS * 8,
+                "an operation's value is too large"
+            );
             assert!(align_of::<O>() <= align_of::<u64>());
         }
         /// # Safety
@@ -151,10 +162,16 @@ impl Launch {
         let name = operation.name();
         if inputs.len() + outputs.len() > VIEWS {
             let what = format!("takes at most {VIEWS} tensors");
-            return Err(Error::Shape { operation: name, what });
+            return Err(Error::Shape {
+                operation: name,
+                what,
+            });
         }
         let mut views = [MaybeUninit::uninit(); VIEWS];
-        let all = inputs.iter().map(|t| t.view).chain(outputs.iter().map(|t| t.view));
+        let all = inputs
+            .iter()
+            .map(|t| t.view)
+            .chain(outputs.iter().map(|t| t.view));
         for (place, view) in views.iter_mut().zip(all) {
             place.write(view);
         }
@@ -195,9 +212,17 @@ impl Launch {
             a.address < b.address + b.bytes() && b.address < a.address + a.bytes()
         };
         for (i, output) in outputs.iter().enumerate() {
-            if inputs.iter().chain(&outputs[i + 1..]).any(|other| overlap(output, other)) {
-                let what = "an output overlaps another tensor; give it memory of its own".to_owned();
-                return Err(Error::Shape { operation: self.name, what });
+            if inputs
+                .iter()
+                .chain(&outputs[i + 1..])
+                .any(|other| overlap(output, other))
+            {
+                let what =
+                    "an output overlaps another tensor; give it memory of its own".to_owned();
+                return Err(Error::Shape {
+                    operation: self.name,
+                    what,
+                });
             }
         }
         Ok(())
@@ -210,8 +235,11 @@ impl Launch {
     /// or touches an output.
     pub(crate) unsafe fn run_on_host(&self, cx: &HostContext) -> Result<(), String> {
         let (inputs, outputs) = self.slices();
-        let args =
-            HostArgs { inputs: inputs.iter(), outputs: outputs.iter(), memory: PhantomData };
+        let args = HostArgs {
+            inputs: inputs.iter(),
+            outputs: outputs.iter(),
+            memory: PhantomData,
+        };
         // SAFETY: `new` stored the operation that `host` was made for; views by our contract.
         unsafe { (self.host)(self.payload.as_ptr().cast(), cx, args) }
     }

@@ -69,7 +69,10 @@ impl Task {
         F: FnOnce() -> Result<(), String> + Send + 'static,
     {
         const {
-            assert!(size_of::<F>() <= TASK_WORDS * 8, "a task captures too much to be stored inline");
+            assert!(
+                size_of::<F>() <= TASK_WORDS * 8,
+                "a task captures too much to be stored inline"
+            );
             assert!(align_of::<F>() <= align_of::<u64>());
         }
         /// # Safety
@@ -82,15 +85,22 @@ impl Task {
             let work = unsafe { place.cast::<F>().read() };
             if run { work() } else { Ok(()) }
         }
-        let mut task =
-            Self { name, storage: [MaybeUninit::uninit(); TASK_WORDS], call: call::<F>, taken: false };
+        let mut task = Self {
+            name,
+            storage: [MaybeUninit::uninit(); TASK_WORDS],
+            call: call::<F>,
+            taken: false,
+        };
         // SAFETY: size and alignment were checked above.
         unsafe { task.storage.as_mut_ptr().cast::<F>().write(work) };
         task
     }
 
     fn take(&mut self, run: bool) -> Result<(), String> {
-        assert!(!std::mem::replace(&mut self.taken, true), "a task runs once");
+        assert!(
+            !std::mem::replace(&mut self.taken, true),
+            "a task runs once"
+        );
         // SAFETY: `new` wrote the closure that `call` was made for, and it was not taken before.
         unsafe { (self.call)(self.storage.as_mut_ptr().cast(), run) }
     }
@@ -131,7 +141,10 @@ impl Shared {
     fn wait(&self, seq: Seq) {
         let mut guard = lock(&self.sleep);
         while !self.reached(seq) {
-            guard = self.finished.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = self
+                .finished
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -171,8 +184,14 @@ impl WorkQueue {
             notifier,
         });
         let theirs = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || run(&theirs))?;
-        Ok(Self { shared, pushed: 0, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || run(&theirs))?;
+        Ok(Self {
+            shared,
+            pushed: 0,
+            thread: Some(thread),
+        })
     }
 
     /// Queues `work` and says where it stands.
@@ -236,7 +255,12 @@ impl WorkQueue {
     /// Time spent inside tasks so far, waits for other queues not counted.
     pub(crate) fn busy(&self) -> Duration {
         let waited = self.shared.waited_ns.load(Ordering::Relaxed);
-        Duration::from_nanos(self.shared.busy_ns.load(Ordering::Relaxed).saturating_sub(waited))
+        Duration::from_nanos(
+            self.shared
+                .busy_ns
+                .load(Ordering::Relaxed)
+                .saturating_sub(waited),
+        )
     }
 
     /// The first failure, if there was one.
@@ -278,7 +302,12 @@ fn run(shared: &Shared) {
             if shared.closing.load(Ordering::Acquire) {
                 return;
             }
-            drop(shared.pushed.wait(guard).unwrap_or_else(PoisonError::into_inner));
+            drop(
+                shared
+                    .pushed
+                    .wait(guard)
+                    .unwrap_or_else(PoisonError::into_inner),
+            );
             continue;
         };
         if !shared.failed.load(Ordering::Relaxed) {
@@ -303,7 +332,10 @@ fn execute(shared: &Shared, task: &mut Task) {
         Err(format!("panicked: {text}"))
     });
     if let Err(what) = result {
-        *lock(&shared.failure) = Some(Failure { operation: task.name, what });
+        *lock(&shared.failure) = Some(Failure {
+            operation: task.name,
+            what,
+        });
         shared.failed.store(true, Ordering::Release);
     }
     let busy = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -350,7 +382,10 @@ mod tests {
         });
         queue.drain();
         let failure = queue.failure().unwrap();
-        assert_eq!((failure.operation, failure.what.as_str()), ("bad", "panicked: on purpose"));
+        assert_eq!(
+            (failure.operation, failure.what.as_str()),
+            ("bad", "panicked: on purpose")
+        );
         assert!(!ran.load(Ordering::SeqCst));
     }
 

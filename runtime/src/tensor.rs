@@ -55,7 +55,10 @@ impl<const N: usize> From<[usize; N]> for Shape {
     /// For more than four dimensions, at compile time.
     fn from(dims: [usize; N]) -> Self {
         const { assert!(N <= 4, "a shape has at most four dimensions") };
-        let mut shape = Self { dims: [1; 4], rank: N as u8 };
+        let mut shape = Self {
+            dims: [1; 4],
+            rank: N as u8,
+        };
         shape.dims[..N].copy_from_slice(&dims);
         shape
     }
@@ -96,7 +99,10 @@ pub struct TensorMut<'a> {
 
 impl<'a> Tensor<'a> {
     pub(crate) fn new(view: View) -> Self {
-        Self { view, lease: PhantomData }
+        Self {
+            view,
+            lease: PhantomData,
+        }
     }
 
     /// Its shape.
@@ -128,7 +134,10 @@ impl<'a> Tensor<'a> {
 
 impl TensorMut<'_> {
     pub(crate) fn new(view: View) -> Self {
-        Self { view, lease: PhantomData }
+        Self {
+            view,
+            lease: PhantomData,
+        }
     }
 
     /// Its shape.
@@ -144,6 +153,11 @@ impl TensorMut<'_> {
     /// The same place, to be read.
     pub fn as_ref(&self) -> Tensor<'_> {
         Tensor::new(self.view)
+    }
+
+    /// The same place, to be written, for a while: for handing it on and keeping it.
+    pub fn reborrow(&mut self) -> TensorMut<'_> {
+        TensorMut::new(self.view)
     }
 
     /// The same place for a while under another shape of as many elements.
@@ -168,20 +182,32 @@ fn reshaped(view: View, shape: Shape) -> Result<View> {
         Ok(View { shape, ..view })
     } else {
         let what = format!("{:?} cannot be seen as {shape:?}", view.shape);
-        Err(Error::Shape { operation: "reshape", what })
+        Err(Error::Shape {
+            operation: "reshape",
+            what,
+        })
     }
 }
 
 fn rows_of(view: View, start: usize, rows: usize) -> Result<View> {
     let mut shape = view.shape;
-    let inside = start.checked_add(rows).is_some_and(|end| end <= shape.dims[0]);
+    let inside = start
+        .checked_add(rows)
+        .is_some_and(|end| end <= shape.dims[0]);
     if shape.rank == 0 || !inside {
         let what = format!("rows {start}..+{rows} of {:?}", view.shape);
-        return Err(Error::Shape { operation: "rows", what });
+        return Err(Error::Shape {
+            operation: "rows",
+            what,
+        });
     }
     let row_bytes = view.bytes() / shape.dims[0].max(1) as u64;
     shape.dims[0] = rows;
-    Ok(View { address: view.address + start as u64 * row_bytes, shape, ..view })
+    Ok(View {
+        address: view.address + start as u64 * row_bytes,
+        shape,
+        ..view
+    })
 }
 
 impl fmt::Debug for Tensor<'_> {

@@ -152,6 +152,19 @@ impl Store {
         Self::assemble(arena, layout, options, lock, Some(manifest))
     }
 
+    /// The number and the user's part of the published generation in a folder, without opening
+    /// the store.
+    ///
+    /// # Errors
+    /// [`Error::Folder`], [`Error::NoGeneration`], [`Error::Manifest`].
+    pub fn peek(path: &Path) -> Result<(u64, String), Error> {
+        let text = files::read_manifest(path)?.ok_or_else(|| Error::NoGeneration {
+            path: path.to_owned(),
+        })?;
+        let manifest = Manifest::parse(path, &text)?;
+        Ok((manifest.generation, manifest.meta))
+    }
+
     fn assemble(
         arena: &Arena,
         layout: &Layout,

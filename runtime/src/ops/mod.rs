@@ -7,6 +7,23 @@
 //! except where a parameter says otherwise. An operation of your own goes the same way:
 //! [`Operation`](crate::Operation).
 
+mod activation;
+mod attention;
+mod cross_entropy;
+mod elementwise;
+mod embedding;
+mod linear;
+mod norm;
+mod rope;
+
+pub use activation::{swiglu, swiglu_backward};
+pub use attention::{AttentionOutput, AttentionShape, attention, attention_backward};
+pub use cross_entropy::{ClassifierGrads, IGNORED, cross_entropy};
+pub use elementwise::{add, add_assign, copy};
+pub use embedding::{embedding, embedding_backward};
+pub use linear::{linear, linear_dw, linear_dx};
+pub use norm::{rms_norm, rms_norm_backward};
+pub use rope::{Rotation, rope};
 
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape};
@@ -22,7 +39,14 @@ pub enum Assign {
 
 /// Refuses with the operation's name unless `holds`.
 fn expect(operation: &'static str, holds: bool, what: impl FnOnce() -> String) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::Shape { operation, what: what() }) }
+    if holds {
+        Ok(())
+    } else {
+        Err(Error::Shape {
+            operation,
+            what: what(),
+        })
+    }
 }
 
 /// Refuses unless a tensor has exactly this shape and type.
@@ -35,6 +59,9 @@ fn expect_tensor(
 ) -> Result<()> {
     let wanted = shape.into();
     expect(operation, got == (wanted, dtype), || {
-        format!("{name} must be {dtype:?} {wanted:?}, is {:?} {:?}", got.1, got.0)
+        format!(
+            "{name} must be {dtype:?} {wanted:?}, is {:?} {:?}",
+            got.1, got.0
+        )
     })
 }

@@ -58,12 +58,21 @@ pub fn footprint(
     walk: impl FnOnce(&Step<'_>) -> Result<()>,
 ) -> Result<Footprint> {
     // Addresses far from each other and from zero, so that overlap checks mean something.
-    let mut scratch = Scratch::new(Span { address: 1 << 62, bytes: 1 << 60 });
-    let mut dry = Dry { threads, input_bytes: 0 };
+    let mut scratch = Scratch::new(Span {
+        address: 1 << 62,
+        bytes: 1 << 60,
+    });
+    let mut dry = Dry {
+        threads,
+        input_bytes: 0,
+    };
     let step = Step::new(&mut dry, &mut scratch, model, pass.stages(model));
     walk(&step)?;
     step.finish()?;
-    Ok(Footprint { scratch_bytes: scratch.peak(), input_bytes: dry.input_bytes })
+    Ok(Footprint {
+        scratch_bytes: scratch.peak(),
+        input_bytes: dry.input_bytes,
+    })
 }
 
 struct Dry {
@@ -106,7 +115,10 @@ impl Driver for Dry {
         self.threads
     }
     fn finish(&mut self) -> Result<Finished> {
-        Ok(Finished { step: 0, loss: None })
+        Ok(Finished {
+            step: 0,
+            loss: None,
+        })
     }
     fn abandon(&mut self) {}
 }

@@ -112,7 +112,16 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { model, placement, train, eval, device, store, arena, .. } = parts;
+        let Parts {
+            model,
+            placement,
+            train,
+            eval,
+            device,
+            store,
+            arena,
+            ..
+        } = parts;
         let tasks = train.tasks().len().max(eval.tasks().len());
         let notifier = Arc::clone(&parts.notifier);
         store.on_end(move || notifier.notify());
@@ -126,7 +135,10 @@ impl Engine {
             runs: model.sections.iter().map(update::runs).collect(),
             sums: model.sections.iter().map(|_| AtomicU64::new(0)).collect(),
             telemetry: Telemetry::new(&train),
-            schedulers: [Scheduler::new(Arc::new(train)), Scheduler::new(Arc::new(eval))],
+            schedulers: [
+                Scheduler::new(Arc::new(train)),
+                Scheduler::new(Arc::new(eval)),
+            ],
             pass: Pass::Train,
             flying: Vec::with_capacity(2 * tasks),
             moving: Vec::with_capacity(128),
@@ -250,15 +262,18 @@ impl Engine {
         while let Some(done) = self.store.try_next() {
             moved = true;
             let index = self.moving.iter().position(|m| m.key == done.key);
-            let Moving { task, place, .. } =
-                self.moving.swap_remove(index.expect("every transfer was noted"));
+            let Moving { task, place, .. } = self
+                .moving
+                .swap_remove(index.expect("every transfer was noted"));
             self.places.return_slab(place, done.slab);
             done.result?;
             self.done(task);
         }
         self.undo_if_ready()?;
         while self.store.can_start() {
-            let Some(task) = self.scheduler_mut().next() else { break };
+            let Some(task) = self.scheduler_mut().next() else {
+                break;
+            };
             self.start(task)?;
             moved = true;
         }
@@ -267,7 +282,10 @@ impl Engine {
 
     fn lane_reached(&self, seq: Seq) -> Result<bool> {
         match self.lane.failure() {
-            Some(f) => Err(Error::Device { operation: f.operation, what: f.what }),
+            Some(f) => Err(Error::Device {
+                operation: f.operation,
+                what: f.what,
+            }),
             None => Ok(self.lane.reached(seq)),
         }
     }
@@ -339,7 +357,9 @@ impl Engine {
         let plan = self.scheduler().plan();
         match (spec.kind, spec.slab, spec.states) {
             (TaskKind::ReadOptim(s, p) | TaskKind::WriteOptim(s, p), _, states) => states
-                .map_or(SlabPlace::Optim(s, p), |claim| self.claimed(plan, task.step, claim)),
+                .map_or(SlabPlace::Optim(s, p), |claim| {
+                    self.claimed(plan, task.step, claim)
+                }),
             (_, Some(claim), _) => self.claimed(plan, task.step, claim),
             (
                 TaskKind::GradOut(s)
@@ -395,7 +415,11 @@ impl Engine {
             },
             _ => self.places.get(self.slab_place(task, spec)).address(),
         };
-        let stream = if spec.lane == Lane::H2d { Stream::H2d } else { Stream::D2h };
+        let stream = if spec.lane == Lane::H2d {
+            Stream::H2d
+        } else {
+            Stream::D2h
+        };
         self.order(stream, task);
         // SAFETY: the slot and the slab belong to this task until it is done: the scheduler gives
         // their buffers to no other before, and everything that used them before is done or
@@ -414,7 +438,11 @@ impl Engine {
     fn order(&mut self, stream: Stream, task: TaskRef) {
         let scheduler = &self.schedulers[self.pass as usize];
         for earlier in scheduler.unfinished_deps(task) {
-            let sign = self.flying.iter().find(|(t, _)| *t == earlier).map(|(_, sign)| *sign);
+            let sign = self
+                .flying
+                .iter()
+                .find(|(t, _)| *t == earlier)
+                .map(|(_, sign)| *sign);
             if let Some(Sign::Device(event)) = sign {
                 self.device.wait(stream, event);
             }
@@ -443,8 +471,11 @@ impl Engine {
     /// All sums are known: the clip factor, and whether the step is skipped.
     fn norm(&mut self, task: TaskRef) {
         // In the order of the sections, so that the bits do not depend on that of completions.
-        let sum: f64 =
-            self.sums.iter().map(|s| f64::from_bits(s.load(Ordering::Acquire))).sum();
+        let sum: f64 = self
+            .sums
+            .iter()
+            .map(|s| f64::from_bits(s.load(Ordering::Acquire)))
+            .sum();
         let norm = sum.sqrt();
         self.last_norm = norm;
         let finite = norm.is_finite();
@@ -458,12 +489,17 @@ impl Engine {
         } else {
             self.skipped += 1;
             let unchanged = AdamScalars::unchanged();
-            StepScalars { decayed: unchanged, plain: unchanged }
+            StepScalars {
+                decayed: unchanged,
+                plain: unchanged,
+            }
         };
         self.open[(task.step % 2) as usize].scalars = Some(scalars);
         let early = (0..self.model.sections.len() as u32).map(SectionId);
         let early = |engine: &Self| {
-            early.clone().any(|s| engine.placement.grad_home(s) == GradHome::Passing)
+            early
+                .clone()
+                .any(|s| engine.placement.grad_home(s) == GradHome::Passing)
         };
         if !finite && early(self) {
             self.undoing = Some(task);
@@ -474,7 +510,10 @@ impl Engine {
 
     fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
         let lr = self.open[(step % 2) as usize].lr;
-        let plain = AdamW { weight_decay: 0.0, ..self.adam };
+        let plain = AdamW {
+            weight_decay: 0.0,
+            ..self.adam
+        };
         StepScalars {
             decayed: self.adam.at(applied, lr, scale),
             plain: plain.at(applied, lr, scale),
@@ -490,8 +529,14 @@ impl Engine {
         let span = self.placement.parts(section)[part as usize];
         let place = PartPlace {
             states: self.places.get(states).address().cast(),
-            grad: self.places.get(self.slab_place(task, spec)).address().cast(),
-            param: self.places.param[index].as_ref().map(|slab| slab.address().cast()),
+            grad: self
+                .places
+                .get(self.slab_place(task, spec))
+                .address()
+                .cast(),
+            param: self.places.param[index]
+                .as_ref()
+                .map(|slab| slab.address().cast()),
             first: span.first as usize,
             elements: span.elements as usize,
         };
@@ -512,19 +557,28 @@ impl Engine {
     /// After a gradient that was not finite: once the early updates of the step have all come
     /// through, the old extents are made current again and the parameters derived from them.
     fn undo_if_ready(&mut self) -> Result<()> {
-        let Some(norm) = self.undoing else { return Ok(()) };
+        let Some(norm) = self.undoing else {
+            return Ok(());
+        };
         let plan = Arc::clone(self.scheduler().plan());
         let passing = |s: SectionId| self.placement.grad_home(s) == GradHome::Passing;
-        let pending = (0..).map(forebay_prefetch::TaskId).zip(plan.tasks()).any(|(id, task)| {
-            let early = match task.kind {
-                TaskKind::Update(s, _)
-                | TaskKind::WriteOptim(s, _)
-                | TaskKind::WriteParam(s)
-                | TaskKind::PushParam(s) => passing(s),
-                _ => false,
-            };
-            early && !self.scheduler().is_done(TaskRef { step: norm.step, id })
-        });
+        let pending = (0..)
+            .map(forebay_prefetch::TaskId)
+            .zip(plan.tasks())
+            .any(|(id, task)| {
+                let early = match task.kind {
+                    TaskKind::Update(s, _)
+                    | TaskKind::WriteOptim(s, _)
+                    | TaskKind::WriteParam(s)
+                    | TaskKind::PushParam(s) => passing(s),
+                    _ => false,
+                };
+                early
+                    && !self.scheduler().is_done(TaskRef {
+                        step: norm.step,
+                        id,
+                    })
+            });
         if pending {
             return Ok(());
         }
@@ -568,7 +622,11 @@ impl Engine {
 }
 
 pub(super) fn key(section: SectionId, state: StateKind, part: u32) -> Key {
-    Key { section: section.0, state, part }
+    Key {
+        section: section.0,
+        state,
+        part,
+    }
 }
 
 impl Driver for Engine {
@@ -587,7 +645,9 @@ impl Driver for Engine {
     }
 
     fn param(&self, section: SectionId) -> u64 {
-        let Some((stage, task)) = self.stage else { return 0 };
+        let Some((stage, task)) = self.stage else {
+            return 0;
+        };
         let plan = self.scheduler().plan();
         let uses = &plan.stages()[stage.0 as usize];
         match uses.params.iter().find(|(s, _)| *s == section) {
@@ -597,15 +657,22 @@ impl Driver for Engine {
     }
 
     fn grad(&self, section: SectionId) -> u64 {
-        let Some((stage, task)) = self.stage else { return 0 };
+        let Some((stage, task)) = self.stage else {
+            return 0;
+        };
         let plan = self.scheduler().plan();
         let grads = &plan.stages()[stage.0 as usize].grads;
-        let claim = grads.iter().find(|(s, ..)| *s == section).map(|(_, claim, _)| *claim);
+        let claim = grads
+            .iter()
+            .find(|(s, ..)| *s == section)
+            .map(|(_, claim, _)| *claim);
         claim.map_or(0, |claim| self.slot(plan, task.step, claim))
     }
 
     fn saved(&self, _saver: StageId) -> u64 {
-        let Some((stage, task)) = self.stage else { return 0 };
+        let Some((stage, task)) = self.stage else {
+            return 0;
+        };
         let plan = self.scheduler().plan();
         let uses = &plan.stages()[stage.0 as usize];
         let claim = uses.save.or(uses.restore);
@@ -644,7 +711,10 @@ impl Driver for Engine {
     }
 
     fn loss(&mut self, from: View) -> Result<()> {
-        let span = Span { address: from.address, bytes: from.bytes() };
+        let span = Span {
+            address: from.address,
+            bytes: from.bytes(),
+        };
         let target = self.places.small.address();
         // SAFETY: only `finish` reads it, after the event, and before the next step's loss.
         self.loss = Some(unsafe { self.device.copy_out(Stream::Compute, span, target) });
@@ -655,7 +725,10 @@ impl Driver for Engine {
         let piece = READ_BYTES as usize / 4;
         for (index, out) in out.chunks_mut(piece).enumerate() {
             let address = from.address + (index * piece * 4) as u64;
-            let span = Span { address, bytes: size_of_val(out) as u64 };
+            let span = Span {
+                address,
+                bytes: size_of_val(out) as u64,
+            };
             let target = self.places.read.address();
             // SAFETY: waited for at once; nobody else uses the piece.
             let event = unsafe { self.device.copy_out(Stream::Compute, span, target) };
@@ -677,7 +750,8 @@ impl Driver for Engine {
     }
 
     fn abandon(&mut self) {
-        self.failed.get_or_insert_with(|| "a step was dropped before its end".to_owned());
+        self.failed
+            .get_or_insert_with(|| "a step was dropped before its end".to_owned());
     }
 }
 
@@ -726,13 +800,21 @@ impl Engine {
             self.telemetry.end_step(Instant::now());
         }
         self.telemetry.end_pass();
-        Ok(Finished { step: self.steps.saturating_sub(1), loss })
+        Ok(Finished {
+            step: self.steps.saturating_sub(1),
+            loss,
+        })
     }
 }
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Engine on {} after {} steps", self.device.name(), self.steps)
+        write!(
+            f,
+            "Engine on {} after {} steps",
+            self.device.name(),
+            self.steps
+        )
     }
 }
 

@@ -50,7 +50,6 @@ pub struct Trainer {
     engine: Engine,
     scratch: Scratch,
     model: Arc<Model>,
-    options: Options,
     budgets: order::Budgets,
     user: String,
     lock: Lock,
@@ -116,8 +115,7 @@ impl Trainer {
         let notifier = Arc::new(Notifier::default());
         let device = HostDevice::new(placement.device_bytes(), options.threads, &notifier)?;
         let arena = Arena::new(placement.pinned_bytes())?;
-        let places =
-            Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
+        let places = Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
         let mut store_options = forebay_nvme::Options::new(options.disk.iter());
         store_options.io = options.io;
         store_options.throttle = options.disk_throttle;
@@ -135,7 +133,10 @@ impl Trainer {
             train: Plan::training(&order_model, &placement)?,
             eval: Plan::evaluation(&order_model, &placement)?,
             model: Arc::clone(&model),
-            optimizer: Optimizer { workers, isa: Isa::best() },
+            optimizer: Optimizer {
+                workers,
+                isa: Isa::best(),
+            },
             device: Box::new(device),
             adam: options.optimizer,
             clip: options.clip,
@@ -146,8 +147,14 @@ impl Trainer {
             lane,
             notifier,
         });
-        let (options, user) = (options.clone(), String::new());
-        Ok(Self { engine, scratch, model, options, budgets, user, lock })
+        Ok(Self {
+            engine,
+            scratch,
+            model,
+            budgets,
+            user: String::new(),
+            lock,
+        })
     }
 
     /// Begins a training step at this learning rate. What can be fetched is fetched at once.
@@ -157,7 +164,12 @@ impl Trainer {
     pub fn begin(&mut self, lr: f64) -> Result<Step<'_>> {
         let begun = self.engine.begin(Pass::Train, lr);
         self.engine.sticky(begun)?;
-        Ok(Step::new(&mut self.engine, &mut self.scratch, &self.model, &self.model.train))
+        Ok(Step::new(
+            &mut self.engine,
+            &mut self.scratch,
+            &self.model,
+            &self.model.train,
+        ))
     }
 
     /// Begins a forward pass without gradients. Updates under way are waited for.
@@ -168,7 +180,12 @@ impl Trainer {
         self.settle()?;
         let begun = self.engine.begin(Pass::Eval, 0.0);
         self.engine.sticky(begun)?;
-        Ok(Step::new(&mut self.engine, &mut self.scratch, &self.model, &self.model.eval))
+        Ok(Step::new(
+            &mut self.engine,
+            &mut self.scratch,
+            &self.model,
+            &self.model.eval,
+        ))
     }
 
     /// Waits until all updates and writes are done.
@@ -188,7 +205,11 @@ impl Trainer {
     pub fn publish(&mut self, user: &str) -> Result<u64> {
         self.settle()?;
         let Engine { steps, applied, .. } = self.engine;
-        let meta = Meta { steps, applied, user: user.to_owned() };
+        let meta = Meta {
+            steps,
+            applied,
+            user: user.to_owned(),
+        };
         let text = serde_json::to_string(&meta).map_err(|e| Error::Misuse(e.to_string()))?;
         let published = self.engine.publish(&text);
         user.clone_into(&mut self.user);
@@ -250,6 +271,21 @@ pub fn requirements(
     })
 }
 
+/// The user's text in the newest generation of a store, without opening the store: a run reads its
+/// own recipe from it before it resumes.
+///
+/// # Errors
+/// No generation there, or a damaged one.
+pub fn stored_user_text(path: &std::path::Path) -> Result<String> {
+    let (generation, meta) = forebay_nvme::Store::peek(path)?;
+    let meta: Meta = serde_json::from_str(&meta).map_err(|e| Error::Generation {
+        generation,
+        path: path.to_owned(),
+        what: format!("its trainer's part cannot be read ({e}); start anew elsewhere"),
+    })?;
+    Ok(meta.user)
+}
+
 fn budgets(options: &Options) -> Result<order::Budgets> {
     let default = machine::default_budgets();
     Ok(order::Budgets {
@@ -268,7 +304,11 @@ fn place(
     let place_options = order::PlaceOptions {
         policy: options.placement,
         lookahead: options.lookahead,
-        timing: if options.clip.is_some() { Timing::AfterNorm } else { Timing::Immediate },
+        timing: if options.clip.is_some() {
+            Timing::AfterNorm
+        } else {
+            Timing::Immediate
+        },
         chunk_elements: options.optimizer_chunk.unwrap_or(4 << 20).min(largest),
         scratch_bytes: footprint.scratch_bytes,
         pinned_fixed_bytes: places::fixed_bytes(footprint),

@@ -62,12 +62,19 @@ impl Places {
         };
         let (mut slots, mut slabs) = (Vec::new(), Vec::new());
         for pool in placement.pools() {
-            let on_device =
-                matches!(pool.kind, PoolKind::ActSlot | PoolKind::ParamSlot | PoolKind::GradSlot);
-            let (devices, pinned) = if on_device { (pool.buffers, 0) } else { (0, pool.buffers) };
+            let on_device = matches!(
+                pool.kind,
+                PoolKind::ActSlot | PoolKind::ParamSlot | PoolKind::GradSlot
+            );
+            let (devices, pinned) = if on_device {
+                (pool.buffers, 0)
+            } else {
+                (0, pool.buffers)
+            };
             slots.push((0..devices).map(|_| slot(pool.bytes)).collect());
-            let leases: Result<Vec<_>, _> =
-                (0..pinned).map(|_| arena.lease(pool.bytes).map(Some)).collect();
+            let leases: Result<Vec<_>, _> = (0..pinned)
+                .map(|_| arena.lease(pool.bytes).map(Some))
+                .collect();
             slabs.push(leases?);
         }
         let lease = |wanted: bool, bytes: u64| wanted.then(|| arena.lease(bytes)).transpose();
@@ -107,7 +114,9 @@ impl Places {
     }
 
     pub(super) fn act(&self, stage: StageId) -> &Slab {
-        self.acts[stage.0 as usize].as_ref().expect("the checkpoint passes through pinned memory")
+        self.acts[stage.0 as usize]
+            .as_ref()
+            .expect("the checkpoint passes through pinned memory")
     }
 
     pub(super) fn get(&self, place: SlabPlace) -> &Slab {
@@ -116,7 +125,8 @@ impl Places {
             SlabPlace::Grad(section) => &self.grad[section.0 as usize],
             SlabPlace::Optim(section, part) => &self.optim[section.0 as usize][part as usize],
         };
-        slab.as_ref().expect("the plan uses no slab that is with the disk")
+        slab.as_ref()
+            .expect("the plan uses no slab that is with the disk")
     }
 
     fn place(&mut self, place: SlabPlace) -> &mut Option<Slab> {
@@ -129,7 +139,9 @@ impl Places {
 
     /// Hands a slab out, to the disk.
     pub(super) fn take_slab(&mut self, place: SlabPlace) -> Slab {
-        self.place(place).take().expect("the plan uses no slab that is with the disk")
+        self.place(place)
+            .take()
+            .expect("the plan uses no slab that is with the disk")
     }
 
     /// Takes a slab back.

@@ -61,12 +61,28 @@ fn adam_rate(threads: usize) -> Result<f64> {
     let elements = 4 << 20;
     let mut arrays = [(); 4].map(|()| vec![0.5f32; elements]);
     let [master, m, v, both] = &mut arrays;
-    let adam = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let adam = AdamW {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+    };
     let scalars = adam.at(1, 1e-3, 1.0);
     let times = (0..4).map(|_| {
         let start = Instant::now();
-        let states = States { master: &mut *master, m: &mut *m, v: &mut *v };
-        adamw_parallel(&workers, Isa::best(), &scalars, states, Exchange::InPlaceF32(&mut *both));
+        let states = States {
+            master: &mut *master,
+            m: &mut *m,
+            v: &mut *v,
+        };
+        adamw_parallel(
+            &workers,
+            Isa::best(),
+            &scalars,
+            states,
+            Exchange::InPlaceF32(&mut *both),
+        );
         start.elapsed().as_secs_f64()
     });
     Ok(elements as f64 / times.fold(f64::INFINITY, f64::min))
@@ -148,7 +164,11 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         bytes: moved(lane),
         busy_s: busy.as_secs_f64(),
     };
-    let tier = |name, budget_bytes, peak_bytes| TierReport { name, budget_bytes, peak_bytes };
+    let tier = |name, budget_bytes, peak_bytes| TierReport {
+        name,
+        budget_bytes,
+        peak_bytes,
+    };
     let used = engine.placement.device_bytes() - engine.places.scratch.bytes;
     let mut times = telemetry.step_seconds.clone();
     times.sort_by(f64::total_cmp);
@@ -158,7 +178,11 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         disk: engine.store.describe().to_owned(),
         lock: trainer.lock.to_string(),
         tiers: [
-            tier("device", trainer.budgets.device_bytes, used + trainer.scratch.peak()),
+            tier(
+                "device",
+                trainer.budgets.device_bytes,
+                used + trainer.scratch.peak(),
+            ),
             tier("pinned", trainer.budgets.pinned_bytes, engine.arena.peak()),
             tier("disk", stats.file_bytes, stats.file_bytes),
         ],

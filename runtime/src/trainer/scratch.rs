@@ -30,7 +30,13 @@ struct FrameMark {
 
 impl Scratch {
     pub(crate) fn new(span: Span) -> Self {
-        Self { span, bottom: 0, top: span.bytes, frames: Vec::with_capacity(16), peak: 0 }
+        Self {
+            span,
+            bottom: 0,
+            top: span.bytes,
+            frames: Vec::with_capacity(16),
+            peak: 0,
+        }
     }
 
     pub(crate) fn reset(&mut self) {
@@ -45,7 +51,10 @@ impl Scratch {
     }
 
     pub(crate) fn push(&mut self) -> usize {
-        self.frames.push(FrameMark { start: self.bottom, alive: true });
+        self.frames.push(FrameMark {
+            start: self.bottom,
+            alive: true,
+        });
         self.frames.len() - 1
     }
 
@@ -102,7 +111,10 @@ mod tests {
     use super::*;
 
     fn scratch() -> Scratch {
-        Scratch::new(Span { address: 0x1000, bytes: 1024 })
+        Scratch::new(Span {
+            address: 0x1000,
+            bytes: 1024,
+        })
     }
 
     #[test]
@@ -133,7 +145,16 @@ mod tests {
         s.reserve(300).unwrap();
         let frame = s.push();
         let error = s.allocate(frame, 600).unwrap_err();
-        assert!(matches!(error, Error::Scratch { free: Bytes(512), .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                Error::Scratch {
+                    free: Bytes(512),
+                    ..
+                }
+            ),
+            "{error}"
+        );
         assert!(s.allocate(frame, 512).is_ok());
     }
 }

@@ -24,7 +24,11 @@ enum Source<'a> {
 
 impl Engine {
     /// Fills all states with first weights, section by section.
-    pub(super) fn initialize(&mut self, sections: &[Section], from: &mut dyn Weights) -> Result<()> {
+    pub(super) fn initialize(
+        &mut self,
+        sections: &[Section],
+        from: &mut dyn Weights,
+    ) -> Result<()> {
         let largest = sections.iter().map(Section::elements).max().unwrap_or(0);
         let mut master = vec![0.0f32; largest as usize];
         for (id, section) in (0..).map(SectionId).zip(sections) {
@@ -116,8 +120,10 @@ impl Engine {
         let bytes = self.section_bytes(section);
         let source = self.places.get(from).address();
         // SAFETY: waited for at once, while nothing else is under way on either place.
-        let event =
-            unsafe { self.device.copy_in(Stream::H2d, Span { address, bytes }, source) };
+        let event = unsafe {
+            self.device
+                .copy_in(Stream::H2d, Span { address, bytes }, source)
+        };
         while !self.device.query(event)? {
             std::thread::sleep(Duration::from_micros(20));
         }
@@ -162,7 +168,11 @@ impl Engine {
 
     /// One transfer, waited for, while no other is under way.
     fn transfer(&mut self, key: Key, slab: Slab, write: bool) -> Result<Slab> {
-        if write { self.store.write(key, slab)? } else { self.store.read(key, slab)? }
+        if write {
+            self.store.write(key, slab)?
+        } else {
+            self.store.read(key, slab)?
+        }
         let done = self.next_done();
         done.result?;
         Ok(done.slab)

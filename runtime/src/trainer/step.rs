@@ -92,8 +92,18 @@ impl<'t> Step<'t> {
         stages: &'t [Stage],
     ) -> Self {
         scratch.reset();
-        let core = Core { driver, scratch, next: 0, inside: false, finished: false };
-        Self { core: RefCell::new(core), model, stages }
+        let core = Core {
+            driver,
+            scratch,
+            next: 0,
+            inside: false,
+            finished: false,
+        };
+        Self {
+            core: RefCell::new(core),
+            model,
+            stages,
+        }
     }
 
     /// Enters the next stage. Blocks until the device holds, or is about to hold, its sections.
@@ -104,11 +114,22 @@ impl<'t> Step<'t> {
     pub fn enter(&self, stage: StageId) -> Result<StageLease<'_>> {
         let mut core = self.core.borrow_mut();
         let spec = self.stages.get(stage.0 as usize).ok_or_else(|| {
-            Error::Misuse(format!("stage {} of {} does not exist", stage.0, self.stages.len()))
+            Error::Misuse(format!(
+                "stage {} of {} does not exist",
+                stage.0,
+                self.stages.len()
+            ))
         })?;
         if core.inside || stage.0 != core.next {
-            let due = self.stages.get(core.next as usize).map_or("none", |s| s.name.as_str());
-            let what = if core.inside { "drop the lease before" } else { "stages run in order" };
+            let due = self
+                .stages
+                .get(core.next as usize)
+                .map_or("none", |s| s.name.as_str());
+            let what = if core.inside {
+                "drop the lease before"
+            } else {
+                "stages run in order"
+            };
             return Err(Error::Misuse(format!(
                 "stage '{}' entered when '{due}' is due: {what}",
                 spec.name
@@ -117,7 +138,12 @@ impl<'t> Step<'t> {
         core.driver.enter(stage)?;
         core.inside = true;
         core.next += 1;
-        Ok(StageLease { step: self, model: self.model, spec, id: stage })
+        Ok(StageLease {
+            step: self,
+            model: self.model,
+            spec,
+            id: stage,
+        })
     }
 
     /// A region of scratch memory, returned when the frame is dropped. Frames nest.
@@ -134,13 +160,50 @@ impl<'t> Step<'t> {
         let shape = shape.into();
         if shape.elements() != values.len() {
             let what = format!("{} values do not fill {shape:?}", values.len());
-            return Err(Error::Shape { operation: "upload", what });
+            return Err(Error::Shape {
+                operation: "upload",
+                what,
+            });
         }
         let mut core = self.core.borrow_mut();
         let address = core.scratch.reserve(size_of_val(values) as u64)?;
-        let view = View { address, dtype: DType::U32, shape };
-        core.driver.upload(values, Span { address, bytes: view.bytes() })?;
+        let view = View {
+            address,
+            dtype: DType::U32,
+            shape,
+        };
+        core.driver.upload(
+            values,
+            Span {
+                address,
+                bytes: view.bytes(),
+            },
+        )?;
         Ok(Tensor::new(view))
+    }
+
+    /// An f32 tensor that lives as long as the step; what it holds is undefined until written.
+    ///
+    /// # Errors
+    /// [`Error::Scratch`].
+    pub fn tensor(&self, shape: impl Into<Shape>) -> Result<TensorMut<'_>> {
+        let shape = shape.into();
+        let bytes = (shape.elements() * DType::F32.bytes()) as u64;
+        let address = self.core.borrow_mut().scratch.reserve(bytes)?;
+        Ok(TensorMut::new(View {
+            address,
+            dtype: DType::F32,
+            shape,
+        }))
+    }
+
+    /// Copies a tensor to another place of as many bytes, on the device.
+    pub(crate) fn copy(&self, from: View, to: View) -> Result<()> {
+        let to = Span {
+            address: to.address,
+            bytes: to.bytes(),
+        };
+        self.core.borrow_mut().driver.copy(from, to)
     }
 
     /// Names the step's loss, an f32 tensor of one element, for [`Step::finish`] to report.
@@ -150,7 +213,10 @@ impl<'t> Step<'t> {
     pub fn loss(&self, loss: &Tensor<'_>) -> Result<()> {
         if loss.shape().elements() != 1 || loss.dtype() != DType::F32 {
             let what = format!("a loss is one f32, not {loss:?}");
-            return Err(Error::Shape { operation: "loss", what });
+            return Err(Error::Shape {
+                operation: "loss",
+                what,
+            });
         }
         self.core.borrow_mut().driver.loss(loss.view)
     }
@@ -163,12 +229,16 @@ impl<'t> Step<'t> {
     pub fn read(&self, tensor: &Tensor<'_>, out: &mut [f32]) -> Result<()> {
         if tensor.shape().elements() != out.len() || tensor.dtype() != DType::F32 {
             let what = format!("{tensor:?} does not fit {} f32 values", out.len());
-            return Err(Error::Shape { operation: "read", what });
+            return Err(Error::Shape {
+                operation: "read",
+                what,
+            });
         }
         self.core.borrow_mut().driver.read(tensor.view, out)
     }
 
-    /// Queues an operation: one of [`crate::ops`] or your own.
+    /// Queues an operation: one of [`crate::ops`] or your own. Outputs are handed over for the call
+    /// ([`TensorMut::reborrow`]).
     ///
     /// # Errors
     /// [`Error::Shape`] if an output overlaps another tensor of the call.
@@ -176,9 +246,12 @@ impl<'t> Step<'t> {
         &self,
         operation: O,
         inputs: &[Tensor<'_>],
-        outputs: &[&mut TensorMut<'_>],
+        outputs: &[TensorMut<'_>],
     ) -> Result<()> {
-        self.core.borrow_mut().driver.launch(Launch::new(operation, inputs, outputs)?)
+        self.core
+            .borrow_mut()
+            .driver
+            .launch(Launch::new(operation, inputs, outputs)?)
     }
 
     /// Worker threads of the device's operations, for the size of their workspaces.
@@ -194,7 +267,9 @@ impl<'t> Step<'t> {
         let mut core = self.core.borrow_mut();
         if core.next as usize != self.stages.len() {
             let due = &self.stages[core.next as usize].name;
-            return Err(Error::Misuse(format!("the step was finished before stage '{due}' ran")));
+            return Err(Error::Misuse(format!(
+                "the step was finished before stage '{due}' ran"
+            )));
         }
         core.finished = true;
         core.driver.finish()
@@ -212,7 +287,12 @@ impl Drop for Step<'_> {
 
 impl std::fmt::Debug for Step<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Step of '{}' before stage {}", self.model.name, self.core.borrow().next)
+        write!(
+            f,
+            "Step of '{}' before stage {}",
+            self.model.name,
+            self.core.borrow().next
+        )
     }
 }
 
@@ -231,7 +311,11 @@ impl Host for Step<'_> {
     fn tensor(&self, frame: usize, shape: Shape) -> Result<View> {
         let bytes = (shape.elements() * DType::F32.bytes()) as u64;
         let address = self.core.borrow_mut().scratch.allocate(frame, bytes)?;
-        Ok(View { address, dtype: DType::F32, shape })
+        Ok(View {
+            address,
+            dtype: DType::F32,
+            shape,
+        })
     }
 
     fn pop(&self, frame: usize) {
@@ -307,7 +391,11 @@ impl StageLease<'_> {
     pub fn param(&self, section: SectionId, tensor: &str) -> Result<Tensor<'_>> {
         let (offset, shape) = self.place(&self.spec.params, "params", section, tensor)?;
         let address = self.step.param(section) + offset;
-        Ok(Tensor::new(View { address, dtype: DType::F32, shape }))
+        Ok(Tensor::new(View {
+            address,
+            dtype: DType::F32,
+            shape,
+        }))
     }
 
     /// The gradient accumulator of a tensor; operations add to it.
@@ -317,7 +405,11 @@ impl StageLease<'_> {
     pub fn grad(&self, section: SectionId, tensor: &str) -> Result<TensorMut<'_>> {
         let (offset, shape) = self.place(&self.spec.grads, "grads", section, tensor)?;
         let address = self.step.grad(section) + offset;
-        Ok(TensorMut::new(View { address, dtype: DType::F32, shape }))
+        Ok(TensorMut::new(View {
+            address,
+            dtype: DType::F32,
+            shape,
+        }))
     }
 
     /// Leaves `x` as the stage's activation checkpoint.
@@ -330,9 +422,15 @@ impl StageLease<'_> {
         })?;
         if x.shape().elements() != shape.elements() || x.dtype() != DType::F32 {
             let what = format!("the checkpoint is {shape:?} f32, not {x:?}");
-            return Err(Error::Shape { operation: "save", what });
+            return Err(Error::Shape {
+                operation: "save",
+                what,
+            });
         }
-        let to = Span { address: self.step.saved(self.id), bytes: x.view.bytes() };
+        let to = Span {
+            address: self.step.saved(self.id),
+            bytes: x.view.bytes(),
+        };
         self.step.copy(x.view, to)
     }
 
@@ -342,11 +440,18 @@ impl StageLease<'_> {
     /// [`Error::Misuse`] if the stage declared none.
     pub fn saved(&self) -> Result<Tensor<'_>> {
         let shape = |saver: StageId| self.model.train.get(saver.0 as usize).and_then(|s| s.saves);
-        let (saver, shape) =
-            self.spec.restores.and_then(|saver| Some((saver, shape(saver)?))).ok_or_else(|| {
+        let (saver, shape) = self
+            .spec
+            .restores
+            .and_then(|saver| Some((saver, shape(saver)?)))
+            .ok_or_else(|| {
                 Error::Misuse(format!("stage '{}' restores no checkpoint", self.spec.name))
             })?;
-        Ok(Tensor::new(View { address: self.step.saved(saver), dtype: DType::F32, shape }))
+        Ok(Tensor::new(View {
+            address: self.step.saved(saver),
+            dtype: DType::F32,
+            shape,
+        }))
     }
 
     fn place(
@@ -368,7 +473,10 @@ impl StageLease<'_> {
             .find(|(_, spec)| spec.name == tensor)
             .map(|(start, spec)| ((start * DType::F32.bytes()) as u64, spec.shape))
             .ok_or_else(|| {
-                Error::Misuse(format!("section '{}' has no tensor '{tensor}'", section.name))
+                Error::Misuse(format!(
+                    "section '{}' has no tensor '{tensor}'",
+                    section.name
+                ))
             })
     }
 }

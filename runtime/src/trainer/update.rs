@@ -29,9 +29,15 @@ pub(super) fn runs(section: &Section) -> Arc<[Run]> {
             Some(last) if last.decay == tensor.decay => {}
             Some(last) => {
                 last.elements.end = start;
-                runs.push(Run { elements: start..start, decay: tensor.decay });
+                runs.push(Run {
+                    elements: start..start,
+                    decay: tensor.decay,
+                });
             }
-            None => runs.push(Run { elements: 0..0, decay: tensor.decay }),
+            None => runs.push(Run {
+                elements: 0..0,
+                decay: tensor.decay,
+            }),
         }
     }
     if let Some(last) = runs.last_mut() {
@@ -95,10 +101,7 @@ pub(super) unsafe fn update(
         // slabs.
         let (states, exchange) = unsafe {
             let states = |i: usize| {
-                std::slice::from_raw_parts_mut(
-                    place.states.add(i * place.elements + inside),
-                    len,
-                )
+                std::slice::from_raw_parts_mut(place.states.add(i * place.elements + inside), len)
             };
             let grad = std::slice::from_raw_parts_mut(place.grad.add(start), len);
             let exchange = match place.param {
@@ -108,9 +111,20 @@ pub(super) unsafe fn update(
                 },
                 None => Exchange::InPlaceF32(grad),
             };
-            (States { master: states(0), m: states(1), v: states(2) }, exchange)
+            (
+                States {
+                    master: states(0),
+                    m: states(1),
+                    v: states(2),
+                },
+                exchange,
+            )
         };
-        let scalars = if run.decay { &scalars.decayed } else { &scalars.plain };
+        let scalars = if run.decay {
+            &scalars.decayed
+        } else {
+            &scalars.plain
+        };
         adamw_parallel(&optimizer.workers, optimizer.isa, scalars, states, exchange);
     }
 }

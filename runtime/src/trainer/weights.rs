@@ -55,10 +55,14 @@ mod tests {
     fn a_tensor_starts_the_same_wherever_it_stands() {
         let normal = Init::Normal(0.5);
         let one = Section::new("a").tensor("w", [100], normal);
-        let two = Section::new("a").tensor("v", [7], normal).tensor("w", [100], normal);
+        let two = Section::new("a")
+            .tensor("v", [7], normal)
+            .tensor("w", [100], normal);
         let fill = |section: &Section, index: usize, seed| {
             let mut out = vec![0.0; section.tensors()[index].shape.elements()];
-            RandomInit { seed }.fill(section, &section.tensors()[index], &mut out).unwrap();
+            RandomInit { seed }
+                .fill(section, &section.tensors()[index], &mut out)
+                .unwrap();
             out
         };
         assert_eq!(fill(&one, 0, 1), fill(&two, 1, 1));

@@ -31,13 +31,16 @@ pub(crate) struct HostDevice {
 impl HostDevice {
     /// Maps `budget` bytes and starts the streams; operations run on `threads` threads.
     pub(crate) fn new(budget: u64, threads: usize, notifier: &Arc<Notifier>) -> Result<Self> {
-        let memory = Mapping::new(budget)
-            .map_err(Error::system(format!("mapping {} for the host device", Bytes(budget))))?;
+        let memory = Mapping::new(budget).map_err(Error::system(format!(
+            "mapping {} for the host device",
+            Bytes(budget)
+        )))?;
         let workers = Workers::new(threads, "fb-compute")
             .map_err(Error::system("starting the host device's worker threads"))?;
         let stream = |name: &str| {
-            WorkQueue::new(name, STREAM_DEPTH, Arc::clone(notifier))
-                .map_err(Error::system(format!("starting the thread of stream {name}")))
+            WorkQueue::new(name, STREAM_DEPTH, Arc::clone(notifier)).map_err(Error::system(
+                format!("starting the thread of stream {name}"),
+            ))
         };
         Ok(Self {
             streams: [stream("fb-stream")?, stream("fb-h2d")?, stream("fb-d2h")?],
@@ -64,7 +67,10 @@ impl Device for HostDevice {
     }
 
     fn memory(&self) -> Span {
-        Span { address: self.memory.base() as u64, bytes: self.memory.bytes() }
+        Span {
+            address: self.memory.base() as u64,
+            bytes: self.memory.bytes(),
+        }
     }
 
     unsafe fn copy_in(&mut self, stream: Stream, to: Span, source: *const u8) -> Event {
@@ -102,28 +108,47 @@ impl Device for HostDevice {
     }
 
     unsafe fn copy(&mut self, from: u64, to: Span) -> Event {
-        let source = Span { address: from, bytes: to.bytes };
-        assert!(self.contains(source) && self.contains(to), "a copy outside device memory");
+        let source = Span {
+            address: from,
+            bytes: to.bytes,
+        };
+        assert!(
+            self.contains(source) && self.contains(to),
+            "a copy outside device memory"
+        );
         let seq = self.stream(Stream::Compute).push("copy", move || {
             // SAFETY: both places are mapped (checked above) and ordered by the caller.
             unsafe { std::ptr::copy(from as *const u8, to.address as *mut u8, to.bytes as usize) };
             Ok(())
         });
-        Event { stream: Stream::Compute, seq }
+        Event {
+            stream: Stream::Compute,
+            seq,
+        }
     }
 
     unsafe fn launch(&mut self, launch: Launch) -> Event {
-        let inside = launch
-            .views()
-            .all(|v| self.contains(Span { address: v.address, bytes: v.bytes() }));
-        assert!(inside, "'{}' was given memory outside the device", launch.name());
+        let inside = launch.views().all(|v| {
+            self.contains(Span {
+                address: v.address,
+                bytes: v.bytes(),
+            })
+        });
+        assert!(
+            inside,
+            "'{}' was given memory outside the device",
+            launch.name()
+        );
         let context = Arc::clone(&self.context);
         let seq = self.stream(Stream::Compute).push(launch.name(), move || {
             // SAFETY: the views lie in mapped memory (checked above) that stays mapped until this
             // stream has ended, and are ordered and disjoint by the contract of `launch`.
             unsafe { launch.run_on_host(&context) }
         });
-        Event { stream: Stream::Compute, seq }
+        Event {
+            stream: Stream::Compute,
+            seq,
+        }
     }
 
     unsafe fn zero(&mut self, span: Span) -> Event {
@@ -133,11 +158,17 @@ impl Device for HostDevice {
             unsafe { std::ptr::write_bytes(span.address as *mut u8, 0, span.bytes as usize) };
             Ok(())
         });
-        Event { stream: Stream::Compute, seq }
+        Event {
+            stream: Stream::Compute,
+            seq,
+        }
     }
 
     fn newest(&self, stream: Stream) -> Event {
-        Event { stream, seq: self.streams[stream as usize].newest() }
+        Event {
+            stream,
+            seq: self.streams[stream as usize].newest(),
+        }
     }
 
     fn wait(&mut self, stream: Stream, event: Event) {
@@ -150,7 +181,10 @@ impl Device for HostDevice {
     fn query(&self, event: Event) -> Result<bool> {
         for stream in &self.streams {
             if let Some(failure) = stream.failure() {
-                return Err(Error::Device { operation: failure.operation, what: failure.what });
+                return Err(Error::Device {
+                    operation: failure.operation,
+                    what: failure.what,
+                });
             }
         }
         Ok(self.streams[event.stream as usize].reached(event.seq))
@@ -168,6 +202,3 @@ impl Device for HostDevice {
         self.streams[stream as usize].busy()
     }
 }
-
-#[cfg(test)]
-mod tests;

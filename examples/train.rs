@@ -1,0 +1,34 @@
+//! Train a decoder on text, its states spread over three tiers.
+//!
+//! ```text
+//! cargo run --release --example train
+//! cargo run --release --example train -- --help
+//! ```
+
+#[path = "train/args.rs"]
+mod args;
+#[path = "train/data.rs"]
+mod data;
+#[path = "train/print.rs"]
+mod print;
+#[path = "train/run.rs"]
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = match args::Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => error.exit(),
+    };
+    match run::run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line, causes included.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! What a run prints: a progress bar and a table for people, objects for programs.
+
+use std::path::PathBuf;
+
+use forebay::{Bound, Bytes, Ceilings, Options, Report, Trainer};
+use forebay_decoder::Decoder;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use crate::data::Data;
+use crate::run::LAST;
+
+pub(crate) struct Printer {
+    bar: Option<ProgressBar>,
+}
+
+pub(crate) struct Summary<'s> {
+    pub(crate) report: &'s Report,
+    pub(crate) bound: Bound,
+    pub(crate) ceilings: &'s Ceilings,
+    pub(crate) parameters: u64,
+    pub(crate) steps_done: u64,
+    pub(crate) last_losses: f64,
+    pub(crate) unigram: f64,
+    pub(crate) held_out: f64,
+    pub(crate) skipped: u64,
+    pub(crate) sample: Option<String>,
+}
+
+impl Printer {
+    pub(crate) fn new(json: bool, steps: u64, done: u64) -> Self {
+        if json {
+            return Self { bar: None };
+        }
+        let bar = ProgressBar::new(steps).with_position(done);
+        let style = "{bar:24} {pos}/{len} {msg} {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            bar.set_style(style);
+        }
+        Self { bar: Some(bar) }
+    }
+
+    pub(crate) fn json(&self) -> bool {
+        self.bar.is_none()
+    }
+
+    pub(crate) fn start(
+        &self,
+        trainer: &Trainer,
+        decoder: &Decoder,
+        data: &Data,
+        options: &Options,
+    ) {
+        if self.json() {
+            return;
+        }
+        let report = trainer.report();
+        let config = decoder.config();
+        println!(
+            "{:?} decoder: {:.2} M parameters, {} layers of {} ({} from step {})",
+            config.family,
+            trainer.model().parameters() as f64 / 1e6,
+            config.layers,
+            config.hidden,
+            if trainer.steps() == 0 {
+                "new,"
+            } else {
+                "resumed"
+            },
+            trainer.steps(),
+        );
+        println!(
+            "data: {} files, {} to train on, {:.4} nats a byte without context",
+            data.files,
+            Bytes(data.train_bytes() as u64),
+            data.unigram_entropy()
+        );
+        let [device, pinned, _] = &report.tiers;
+        println!(
+            "device: {}, budget {}; pinned memory: budget {}, {}",
+            report.device,
+            Bytes(device.budget_bytes),
+            Bytes(pinned.budget_bytes),
+            report.lock
+        );
+        println!(
+            "disk: {} in {}, {}; placement {:?}, look-ahead {}",
+            Bytes(report.tiers[2].peak_bytes),
+            options.disk[0].display(),
+            report.disk,
+            options.placement,
+            options.lookahead
+        );
+    }
+
+    pub(crate) fn step(
+        &self,
+        step: u64,
+        loss: f32,
+        tokens_per_s: f64,
+        step_s: f64,
+        trainer: &Trainer,
+    ) {
+        match &self.bar {
+            Some(bar) => {
+                let waited = trainer.report().waited_s / bar.elapsed().as_secs_f64().max(1e-9);
+                let binds = if waited > 0.2 {
+                    "memory traffic"
+                } else {
+                    "compute"
+                };
+                bar.set_message(format!(
+                    "loss {loss:.4}  {tokens_per_s:.0} tokens/s  bound by {binds}"
+                ));
+                bar.set_position(step + 1);
+            }
+            None => println!(
+                "{}",
+                json!({
+                    "step": step,
+                    "loss": loss,
+                    "loss_bits": format!("{:08x}", loss.to_bits()),
+                    "tokens_per_s": tokens_per_s,
+                    "step_s": step_s,
+                })
+            ),
+        }
+    }
+
+    pub(crate) fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+            println!();
+        }
+    }
+
+    pub(crate) fn summary(&self, s: &Summary<'_>) {
+        if self.json() {
+            self.summary_json(s);
+        } else {
+            summary_table(s);
+        }
+    }
+
+    fn summary_json(&self, s: &Summary<'_>) {
+        let Report {
+            tiers,
+            hops,
+            traffic,
+            ..
+        } = s.report;
+        println!(
+            "{}",
+            json!({"summary": {
+                "device": s.report.device,
+                "params": s.parameters,
+                "steps": s.steps_done,
+                "device_budget_bytes": tiers[0].budget_bytes,
+                "device_peak_bytes": tiers[0].peak_bytes,
+                "pinned_budget_bytes": tiers[1].budget_bytes,
+                "pinned_peak_bytes": tiers[1].peak_bytes,
+                "disk_bytes": tiers[2].peak_bytes,
+                "h2d_bytes": hops[0].bytes,
+                "d2h_bytes": hops[1].bytes,
+                "read_bytes": hops[2].bytes,
+                "written_bytes": hops[3].bytes,
+                "life_written_bytes": s.report.life_written_bytes,
+                "step_read_bytes": traffic.disk_read,
+                "step_written_bytes": traffic.disk_write,
+                "step_s": s.report.step_s,
+                "bound_s": s.bound.seconds,
+                "bound_by": s.bound.by,
+                "mean_loss_last": s.last_losses,
+                "unigram_entropy": s.unigram,
+                "held_out_loss": s.held_out,
+                "skipped_steps": s.skipped,
+            }})
+        );
+    }
+
+    pub(crate) fn resume(&self, folders: &[PathBuf], whole: bool) {
+        let flags: Vec<_> = folders
+            .iter()
+            .map(|f| format!("--disk {}", f.display()))
+            .collect();
+        let flags = flags.join(" ");
+        self.note(&if whole {
+            format!("states kept; to train further: --resume {flags} --steps N")
+        } else {
+            format!("stopped and published; to go on: --resume {flags}")
+        });
+    }
+
+    /// A line for people, on standard error where standard output is for programs.
+    pub(crate) fn note(&self, text: &str) {
+        if self.json() {
+            eprintln!("{text}")
+        } else {
+            println!("{text}")
+        }
+    }
+}
+
+fn summary_table(s: &Summary<'_>) {
+    let r = s.report;
+    println!("{:<18} {:>12} {:>12}", "tier", "budget", "peak");
+    for tier in &r.tiers {
+        let (budget, peak) = (Bytes(tier.budget_bytes), Bytes(tier.peak_bytes));
+        println!(
+            "{:<18} {:>12} {:>12}",
+            tier.name,
+            budget.to_string(),
+            peak.to_string()
+        );
+    }
+    println!(
+        "{:<18} {:>12} {:>12} {:>14}",
+        "hop", "moved", "GB/s", "GB/s, bare"
+    );
+    let bare = [
+        s.ceilings.h2d,
+        s.ceilings.d2h,
+        s.ceilings.disk_read,
+        s.ceilings.disk_write,
+    ];
+    for (hop, bare) in r.hops.iter().zip(bare) {
+        let rate = if hop.busy_s > 0.0 {
+            hop.bytes as f64 / hop.busy_s / 1e9
+        } else {
+            0.0
+        };
+        let moved = Bytes(hop.bytes).to_string();
+        println!(
+            "{:<18} {moved:>12} {rate:>12.2} {:>14.2}",
+            hop.name,
+            bare / 1e9
+        );
+    }
+    println!(
+        "step {:.1} ms, bound {:.1} ms by {} ({:.2} x); compute {:.1}, link {:.1}, disk {:.1}, \
+         optimizer {:.1} ms",
+        r.step_s * 1e3,
+        s.bound.seconds * 1e3,
+        s.bound.by,
+        r.step_s / s.bound.seconds.max(1e-9),
+        s.bound.compute * 1e3,
+        s.bound.link * 1e3,
+        s.bound.disk * 1e3,
+        s.bound.cpu * 1e3
+    );
+    println!(
+        "written to disk in the store's life: {}; {} steps done, {} skipped",
+        Bytes(r.life_written_bytes),
+        s.steps_done,
+        s.skipped
+    );
+    println!(
+        "loss: mean of the last {LAST} steps {:.4}, held out {:.4}; single bytes {:.4}",
+        s.last_losses, s.held_out, s.unigram
+    );
+    if let Some(sample) = &s.sample {
+        println!("\na sample (the model goes on after the bar):\n{sample}\n");
+    }
+}

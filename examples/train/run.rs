@@ -1,0 +1,346 @@
+//! The run: from flags to a trained model, a table and a sample.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use forebay::{
+    AdamW, Budgets, Ceilings, Footprint, Options, Policy, RandomInit, Trainer, requirements,
+};
+use forebay_decoder::{Batch, Config, Decoder, Positions};
+use rand::SeedableRng;
+use rand::distr::{Distribution, weighted::WeightedIndex};
+use rand_chacha::ChaCha8Rng;
+
+use crate::args::{Args, Recipe};
+use crate::data::Data;
+use crate::print::{Printer, Summary};
+
+/// Losses whose mean is compared with the entropy of single bytes.
+pub(crate) const LAST: usize = 10;
+const SAMPLE_BYTES: usize = 240;
+const HELD_OUT_BATCHES: usize = 8;
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // A second Ctrl-C ends the process at once: the generation on disk stands.
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))?;
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    let config = match &args.config {
+        Some(path) => Config::read(path)?,
+        None => Config::byte_level(),
+    };
+    if config.vocabulary < 256 {
+        bail!(
+            "--config: vocab_size is {}; text is read as bytes and needs 256",
+            config.vocabulary
+        );
+    }
+    let disk = Disk::new(args)?;
+    let stored = if args.resume {
+        Some(stored_recipe(&disk)?)
+    } else {
+        None
+    };
+    let recipe = stored.unwrap_or_default().with(args)?;
+    let data = Data::read(&data_paths(args), recipe.seq as usize)?;
+    let decoder = Decoder::new(config, recipe.batch as usize, recipe.seq as usize)?;
+    let mut options = options(args, &recipe, &disk);
+    let footprint = decoder.footprint(options.threads)?;
+    choose_budgets(&decoder, footprint, args, &mut options)?;
+    let ceilings = Ceilings::measure(&disk.folders[0], options.threads)?;
+    let model = decoder.model().clone();
+    let mut trainer = if args.resume {
+        Trainer::resume(model, footprint, &options)?
+    } else {
+        let text = serde_json::to_string(&recipe)?;
+        let mut trainer = Trainer::create(
+            model,
+            footprint,
+            &options,
+            &mut RandomInit { seed: recipe.seed },
+        )?;
+        trainer.publish(&text)?;
+        trainer
+    };
+    let printer = Printer::new(args.json, recipe.steps, trainer.steps());
+    printer.start(&trainer, &decoder, &data, &options);
+    let losses = train(
+        &mut trainer,
+        &decoder,
+        &data,
+        &recipe,
+        args,
+        &printer,
+        &stop,
+    )?;
+    finish(
+        trainer, &decoder, &data, &recipe, &ceilings, &losses, disk, &printer,
+    )
+}
+
+/// The steps. Ends at the last one, at `--stop-after`, or when told to stop; always with a
+/// generation.
+fn train(
+    trainer: &mut Trainer,
+    decoder: &Decoder,
+    data: &Data,
+    recipe: &Recipe,
+    args: &Args,
+    printer: &Printer,
+    stop: &AtomicBool,
+) -> Result<Vec<f32>> {
+    let text = serde_json::to_string(recipe)?;
+    let last = match args.stop_after {
+        Some(steps) => recipe.steps.min(trainer.steps() + steps),
+        None => recipe.steps,
+    };
+    let mut losses = Vec::new();
+    let tokens = f64::from(recipe.batch) * f64::from(recipe.seq);
+    let mut start = Instant::now();
+    while trainer.steps() < last && !stop.load(Ordering::Relaxed) {
+        let index = trainer.steps();
+        let batch = data.batch(
+            recipe.seed,
+            index,
+            recipe.batch as usize,
+            recipe.seq as usize,
+        );
+        let step = trainer.begin(recipe.learning_rate(index))?;
+        decoder.train_step(
+            &step,
+            &Batch {
+                ids: &batch.ids,
+                targets: &batch.targets,
+            },
+        )?;
+        let finished = step.finish()?;
+        let loss = finished.loss.context("the step reported no loss")?;
+        losses.push(loss);
+        let seconds = start.elapsed().as_secs_f64();
+        start = Instant::now();
+        printer.step(finished.step, loss, tokens / seconds, seconds, trainer);
+        if args.publish > 0
+            && trainer.steps().is_multiple_of(args.publish)
+            && trainer.steps() < last
+        {
+            trainer.publish(&text)?;
+            start = Instant::now();
+        }
+    }
+    trainer.publish(&text)?;
+    printer.end();
+    Ok(losses)
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the end of a run looks at all of it"
+)]
+fn finish(
+    mut trainer: Trainer,
+    decoder: &Decoder,
+    data: &Data,
+    recipe: &Recipe,
+    ceilings: &Ceilings,
+    losses: &[f32],
+    disk: Disk,
+    printer: &Printer,
+) -> Result<()> {
+    let report = trainer.report();
+    let (batch, seq) = (recipe.batch as usize, recipe.seq as usize);
+    let mut held_out = Vec::new();
+    for tokens in data.held_out(batch, seq, HELD_OUT_BATCHES) {
+        let step = trainer.eval()?;
+        let batch = Batch {
+            ids: &tokens.ids,
+            targets: &tokens.targets,
+        };
+        held_out.push(f64::from(decoder.eval_loss(&step, &batch)?));
+        step.finish()?;
+    }
+    let whole = trainer.steps() >= recipe.steps;
+    let sample = if whole && !printer.json() {
+        Some(sample(&mut trainer, decoder, data, recipe)?)
+    } else {
+        None
+    };
+    let tail = &losses[losses.len().saturating_sub(LAST)..];
+    let mean = |values: &[f32]| {
+        values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len().max(1) as f64
+    };
+    printer.summary(&Summary {
+        report: &report,
+        bound: report.bound(ceilings),
+        ceilings,
+        parameters: trainer.model().parameters(),
+        steps_done: trainer.steps(),
+        last_losses: mean(tail),
+        unigram: data.unigram_entropy(),
+        held_out: held_out.iter().sum::<f64>() / held_out.len().max(1) as f64,
+        skipped: trainer.skipped(),
+        sample,
+    });
+    drop(trainer);
+    disk.end(whole, printer)
+}
+
+/// Continues the beginning of the held-out text, byte by byte.
+fn sample(
+    trainer: &mut Trainer,
+    decoder: &Decoder,
+    data: &Data,
+    recipe: &Recipe,
+) -> Result<String> {
+    const TEMPERATURE: f32 = 0.7;
+    let mut rng = ChaCha8Rng::seed_from_u64(recipe.seed);
+    let prompt = data.prompt(recipe.seq as usize / 2);
+    let mut text: Vec<u32> = prompt.iter().map(|b| u32::from(*b)).collect();
+    for _ in 0..SAMPLE_BYTES {
+        let window = &text[text.len().saturating_sub(recipe.seq as usize)..];
+        let step = trainer.eval()?;
+        let logits = decoder.logits(&step, window, window.len(), Positions::Last)?;
+        step.finish()?;
+        let logits = &logits[..256];
+        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weights = logits.iter().map(|l| ((l - highest) / TEMPERATURE).exp());
+        text.push(
+            WeightedIndex::new(weights)
+                .context("sampling")?
+                .sample(&mut rng) as u32,
+        );
+    }
+    let bytes: Vec<u8> = text[prompt.len()..].iter().map(|b| *b as u8).collect();
+    Ok(format!(
+        "{}|{}",
+        String::from_utf8_lossy(prompt),
+        String::from_utf8_lossy(&bytes)
+    ))
+}
+
+fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Options {
+    let mut options = Options::new(disk.folders.iter().cloned());
+    options.device = args.device;
+    options.device_budget = args.gpu_budget.map(|b| b.0);
+    options.pinned_budget = args.pinned_budget.map(|b| b.0);
+    options.placement = args.placement;
+    options.lookahead = args.lookahead;
+    options.threads = args.threads.map_or(options.threads, |t| t as usize);
+    options.optimizer = AdamW {
+        lr: recipe.lr,
+        weight_decay: recipe.weight_decay,
+        ..options.optimizer
+    };
+    options.clip = (recipe.clip > 0.0).then_some(recipe.clip);
+    options.seed = recipe.seed;
+    options.disk_throttle = args.disk_throttle.map(|b| b.0);
+    options
+}
+
+/// Budgets that were not given: what the placement needs if it is named; and by default less than
+/// the model needs, so that all three tiers have work: a third of the layers on the device, half
+/// of the optimizer states in pinned memory, the rest on disk.
+fn choose_budgets(
+    decoder: &Decoder,
+    footprint: Footprint,
+    args: &Args,
+    options: &mut Options,
+) -> Result<()> {
+    let needs = |policy: Policy, options: &Options| -> Result<Budgets> {
+        let options = Options {
+            placement: policy,
+            ..options.clone()
+        };
+        Ok(requirements(decoder.model(), footprint, &options)?)
+    };
+    if options.device_budget.is_none() {
+        options.device_budget = Some(match args.placement {
+            Policy::Resident => needs(Policy::Resident, options)?.device_bytes,
+            _ => third_of_layers(decoder, &needs(Policy::Resident, options)?),
+        });
+    }
+    if options.pinned_budget.is_none() {
+        options.pinned_budget = Some(match args.placement {
+            Policy::Resident | Policy::Pinned => needs(args.placement, options)?.pinned_bytes,
+            Policy::Auto | Policy::Disk => {
+                let all = needs(Policy::Pinned, options)?.pinned_bytes;
+                all - 12 * decoder.model().parameters() / 2
+            }
+        });
+    }
+    Ok(())
+}
+
+/// What a resident model takes, less two thirds of its layers' parameters.
+fn third_of_layers(decoder: &Decoder, resident: &Budgets) -> u64 {
+    let layers = decoder.config().layers as u64;
+    let leave = layers - layers.div_ceil(3).max(1);
+    let sections = decoder.model().sections();
+    let layer = sections
+        .iter()
+        .find(|s| s.name() == "layers.0")
+        .map_or(0, |s| s.parameters());
+    resident.device_bytes - leave * 4 * layer
+}
+
+fn data_paths(args: &Args) -> Vec<PathBuf> {
+    if args.data.is_empty() {
+        vec![PathBuf::from(env!("CARGO_MANIFEST_DIR"))]
+    } else {
+        args.data.clone()
+    }
+}
+
+/// The recipe of the run that a store holds.
+fn stored_recipe(disk: &Disk) -> Result<Recipe> {
+    let text = forebay::stored_user_text(&disk.folders[0])?;
+    serde_json::from_str(&text).with_context(|| {
+        format!(
+            "{} was not written by this program's train",
+            disk.folders[0].display()
+        )
+    })
+}
+
+/// The folders of the disk tier; without `--disk` one of its own, which goes when the run is whole.
+struct Disk {
+    folders: Vec<PathBuf>,
+    own: bool,
+}
+
+impl Disk {
+    fn new(args: &Args) -> Result<Self> {
+        if !args.disk.is_empty() {
+            return Ok(Self {
+                folders: args.disk.clone(),
+                own: false,
+            });
+        }
+        if args.resume {
+            bail!("--resume needs --disk, the folder of the run to go on with");
+        }
+        let folder = PathBuf::from(format!(".forebay/train-{}", std::process::id()));
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("making {}; give --disk a folder", folder.display()))?;
+        Ok(Self {
+            folders: vec![folder],
+            own: true,
+        })
+    }
+
+    fn end(self, whole: bool, printer: &Printer) -> Result<()> {
+        if !self.own || !whole {
+            printer.resume(&self.folders, whole);
+            return Ok(());
+        }
+        std::fs::remove_dir_all(&self.folders[0])?;
+        // The parent goes if no other run uses it.
+        let _ = std::fs::remove_dir(".forebay");
+        printer.note("the states were discarded with the run; --disk DIR keeps them");
+        Ok(())
+    }
+}

@@ -1,0 +1,96 @@
+//! Gated activations.
+
+use forebay_kernels::cpu::ops as host;
+
+use super::expect_tensor;
+use crate::error::Result;
+use crate::operation::{HostArgs, HostContext, Operation};
+use crate::tensor::{DType, Tensor, TensorMut};
+use crate::trainer::Step;
+
+#[derive(Clone, Copy)]
+struct Forward;
+
+impl Operation for Forward {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let (gate, up) = (args.input()?, args.input()?);
+        host::swiglu(&cx.workers, gate, up, args.output()?);
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Backward;
+
+impl Operation for Backward {
+    fn name(&self) -> &'static str {
+        "swiglu_backward"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let (gate, up, dout) = (args.input()?, args.input()?, args.input()?);
+        host::swiglu_backward(&cx.workers, gate, up, dout, args.output()?, args.output()?);
+        Ok(())
+    }
+}
+
+/// `out = silu(gate) * up`, all of one shape.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn swiglu(
+    step: &Step<'_>,
+    gate: &Tensor<'_>,
+    up: &Tensor<'_>,
+    out: &mut TensorMut<'_>,
+) -> Result<()> {
+    let shape = out.shape();
+    for (label, tensor) in [("gate", gate), ("up", up)] {
+        expect_tensor(
+            "swiglu",
+            label,
+            (tensor.shape(), tensor.dtype()),
+            shape,
+            DType::F32,
+        )?;
+    }
+    step.launch(Forward, &[*gate, *up], &[out.reborrow()])
+}
+
+/// The gradients of [`swiglu`]; dgate and dup are set.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn swiglu_backward(
+    step: &Step<'_>,
+    gate: &Tensor<'_>,
+    up: &Tensor<'_>,
+    dout: &Tensor<'_>,
+    dgate: &mut TensorMut<'_>,
+    dup: &mut TensorMut<'_>,
+) -> Result<()> {
+    let (name, shape) = ("swiglu_backward", dout.shape());
+    for (label, tensor) in [
+        ("gate", gate),
+        ("up", up),
+        ("dgate", &dgate.as_ref()),
+        ("dup", &dup.as_ref()),
+    ] {
+        expect_tensor(
+            name,
+            label,
+            (tensor.shape(), tensor.dtype()),
+            shape,
+            DType::F32,
+        )?;
+    }
+    step.launch(
+        Backward,
+        &[*gate, *up, *dout],
+        &[dgate.reborrow(), dup.reborrow()],
+    )
+}

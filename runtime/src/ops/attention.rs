@@ -1,0 +1,157 @@
+//! Causal self-attention with grouped heads.
+
+use forebay_kernels::cpu::ops as host;
+
+use super::expect_tensor;
+use crate::error::Result;
+use crate::operation::{HostArgs, HostContext, Operation};
+use crate::tensor::{DType, Tensor, TensorMut};
+use crate::trainer::Step;
+
+pub use forebay_kernels::cpu::ops::AttentionDims as AttentionShape;
+
+#[derive(Clone, Copy)]
+struct Forward(AttentionShape);
+
+impl Operation for Forward {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let (q, k, v) = (args.input()?, args.input()?, args.input()?);
+        let (out, lse, scratch) = (args.output()?, args.output()?, args.output()?);
+        host::attention(&cx.workers, self.0, q, k, v, out, lse, scratch);
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Backward(AttentionShape);
+
+impl Operation for Backward {
+    fn name(&self) -> &'static str {
+        "attention_backward"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let qkv = (args.input()?, args.input()?, args.input()?);
+        let rest = (args.input()?, args.input()?, args.input()?);
+        let (dq, dk, dv, scratch) = (
+            args.output()?,
+            args.output()?,
+            args.output()?,
+            args.output()?,
+        );
+        host::attention_backward(&cx.workers, self.0, qkv, rest, dq, dk, dv, scratch);
+        Ok(())
+    }
+}
+
+/// What a forward pass of attention leaves for the backward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionOutput<'a> {
+    /// [tokens, heads, head_dim].
+    pub out: Tensor<'a>,
+    /// Log-sum-exp of the scores, [batch, heads, seq].
+    pub lse: Tensor<'a>,
+}
+
+fn check(name: &'static str, shape: AttentionShape, qkv: [&Tensor<'_>; 3]) -> Result<()> {
+    let AttentionShape {
+        batch,
+        seq,
+        heads,
+        kv_heads,
+        head_dim,
+    } = shape;
+    super::expect(name, kv_heads > 0 && heads % kv_heads.max(1) == 0, || {
+        format!("{heads} heads are not a multiple of {kv_heads} key and value heads")
+    })?;
+    for (label, tensor, heads) in [
+        ("q", qkv[0], heads),
+        ("k", qkv[1], kv_heads),
+        ("v", qkv[2], kv_heads),
+    ] {
+        let shape = [batch * seq, heads, head_dim];
+        expect_tensor(
+            name,
+            label,
+            (tensor.shape(), tensor.dtype()),
+            shape,
+            DType::F32,
+        )?;
+    }
+    Ok(())
+}
+
+/// `out = softmax(q · kᵀ / sqrt(head_dim), causal) · v`. q and out are [tokens, heads, head_dim],
+/// k and v [tokens, kv_heads, head_dim], lse [batch, heads, seq].
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Scratch`](crate::Error::Scratch).
+pub fn attention(
+    step: &Step<'_>,
+    shape: AttentionShape,
+    [q, k, v]: [&Tensor<'_>; 3],
+    out: &mut TensorMut<'_>,
+    lse: &mut TensorMut<'_>,
+) -> Result<()> {
+    let name = "attention";
+    check(name, shape, [q, k, v])?;
+    expect_tensor(
+        name,
+        "out",
+        (out.shape(), out.dtype()),
+        q.shape(),
+        DType::F32,
+    )?;
+    let rows = [shape.batch, shape.heads, shape.seq];
+    expect_tensor(name, "lse", (lse.shape(), lse.dtype()), rows, DType::F32)?;
+    let frame = step.frame();
+    let mut scratch = frame.tensor([host::attention_scratch(shape, step.threads())])?;
+    step.launch(
+        Forward(shape),
+        &[*q, *k, *v],
+        &[out.reborrow(), lse.reborrow(), scratch.reborrow()],
+    )
+}
+
+/// The gradients of [`attention`] for q, k and v, which are set.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Scratch`](crate::Error::Scratch).
+pub fn attention_backward(
+    step: &Step<'_>,
+    shape: AttentionShape,
+    [q, k, v]: [&Tensor<'_>; 3],
+    output: AttentionOutput<'_>,
+    dout: &Tensor<'_>,
+    [mut dq, mut dk, mut dv]: [TensorMut<'_>; 3],
+) -> Result<()> {
+    let name = "attention_backward";
+    check(name, shape, [q, k, v])?;
+    check(name, shape, [&dq.as_ref(), &dk.as_ref(), &dv.as_ref()])?;
+    for (label, tensor) in [("out", &output.out), ("dout", dout)] {
+        expect_tensor(
+            name,
+            label,
+            (tensor.shape(), tensor.dtype()),
+            q.shape(),
+            DType::F32,
+        )?;
+    }
+    let frame = step.frame();
+    let mut scratch = frame.tensor([host::attention_scratch(shape, step.threads())])?;
+    let inputs = [*q, *k, *v, output.out, output.lse, *dout];
+    step.launch(
+        Backward(shape),
+        &inputs,
+        &[
+            dq.reborrow(),
+            dk.reborrow(),
+            dv.reborrow(),
+            scratch.reborrow(),
+        ],
+    )
+}

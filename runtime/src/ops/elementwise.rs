@@ -1,0 +1,81 @@
+//! Sums.
+
+use forebay_kernels::cpu::ops as host;
+
+use super::expect_tensor;
+use crate::error::Result;
+use crate::operation::{HostArgs, HostContext, Operation};
+use crate::tensor::{DType, Tensor, TensorMut};
+use crate::trainer::Step;
+
+#[derive(Clone, Copy)]
+struct Add;
+
+impl Operation for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let (a, b) = (args.input()?, args.input()?);
+        host::add(&cx.workers, a, b, args.output()?);
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct AddAssign;
+
+impl Operation for AddAssign {
+    fn name(&self) -> &'static str {
+        "add_assign"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let x = args.input()?;
+        host::add_assign(&cx.workers, args.output()?, x);
+        Ok(())
+    }
+}
+
+/// `out = a + b`, all of one shape.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn add(step: &Step<'_>, a: &Tensor<'_>, b: &Tensor<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+    for (label, tensor) in [("a", a), ("b", b)] {
+        let got = (tensor.shape(), tensor.dtype());
+        expect_tensor("add", label, got, out.shape(), DType::F32)?;
+    }
+    step.launch(Add, &[*a, *b], &[out.reborrow()])
+}
+
+/// `y += x`, both of one shape.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn add_assign(step: &Step<'_>, y: &mut TensorMut<'_>, x: &Tensor<'_>) -> Result<()> {
+    expect_tensor(
+        "add_assign",
+        "x",
+        (x.shape(), x.dtype()),
+        y.shape(),
+        DType::F32,
+    )?;
+    step.launch(AddAssign, &[*x], &[y.reborrow()])
+}
+
+/// `to = from`, of one shape and type.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn copy(step: &Step<'_>, from: &Tensor<'_>, to: &mut TensorMut<'_>) -> Result<()> {
+    expect_tensor(
+        "copy",
+        "from",
+        (from.shape(), from.dtype()),
+        to.shape(),
+        to.dtype(),
+    )?;
+    step.copy(from.view, to.view)
+}

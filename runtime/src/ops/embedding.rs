@@ -1,0 +1,89 @@
+//! Rows of a table by token id.
+
+use forebay_kernels::cpu::ops as host;
+
+use super::{expect, expect_tensor};
+use crate::error::Result;
+use crate::operation::{HostArgs, HostContext, Operation};
+use crate::tensor::{DType, Shape, Tensor, TensorMut};
+use crate::trainer::Step;
+
+#[derive(Clone, Copy)]
+struct Forward {
+    cols: usize,
+}
+
+impl Operation for Forward {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let (ids, table) = (args.input()?, args.input()?);
+        host::embedding(&cx.workers, self.cols, ids, table, args.output()?)
+            .map_err(|e| e.to_string())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Backward {
+    cols: usize,
+}
+
+impl Operation for Backward {
+    fn name(&self) -> &'static str {
+        "embedding_backward"
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let (ids, dout) = (args.input()?, args.input()?);
+        host::embedding_backward(&cx.workers, self.cols, ids, dout, args.output()?)
+            .map_err(|e| e.to_string())
+    }
+}
+
+fn cols(name: &'static str, ids: &Tensor<'_>, table: Shape, rows: Shape) -> Result<usize> {
+    let tokens = ids.shape().elements();
+    expect_tensor(
+        name,
+        "ids",
+        (ids.shape(), ids.dtype()),
+        ids.shape(),
+        DType::U32,
+    )?;
+    let cols = table.dims().last().copied().unwrap_or(0);
+    let fits = table.dims().len() == 2 && rows.elements() == tokens * cols;
+    expect(name, fits, || {
+        format!("{tokens} ids, table {table:?} and rows {rows:?} do not fit")
+    })?;
+    Ok(cols)
+}
+
+/// `out[t] = table[ids[t]]`: ids are u32, table is [vocabulary, cols], out [tokens, cols]. An id
+/// outside the vocabulary fails the device.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn embedding(
+    step: &Step<'_>,
+    ids: &Tensor<'_>,
+    table: &Tensor<'_>,
+    out: &mut TensorMut<'_>,
+) -> Result<()> {
+    let cols = cols("embedding", ids, table.shape(), out.shape())?;
+    step.launch(Forward { cols }, &[*ids, *table], &[out.reborrow()])
+}
+
+/// `dtable[ids[t]] += dout[t]`.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn embedding_backward(
+    step: &Step<'_>,
+    ids: &Tensor<'_>,
+    dout: &Tensor<'_>,
+    dtable: &mut TensorMut<'_>,
+) -> Result<()> {
+    let cols = cols("embedding_backward", ids, dtable.shape(), dout.shape())?;
+    step.launch(Backward { cols }, &[*ids, *dout], &[dtable.reborrow()])
+}

@@ -1,0 +1,126 @@
+//! Linear layers without bias.
+
+use forebay_kernels::cpu::ops as host;
+
+use super::{Assign, expect};
+use crate::error::Result;
+use crate::operation::{HostArgs, HostContext, Operation};
+use crate::tensor::{Shape, Tensor, TensorMut};
+use crate::trainer::Step;
+
+#[derive(Clone, Copy)]
+enum Which {
+    Forward,
+    Dx(Assign),
+    Dw,
+}
+
+#[derive(Clone, Copy)]
+struct Linear {
+    which: Which,
+    /// Tokens, outputs, inputs.
+    dims: (usize, usize, usize),
+}
+
+impl Operation for Linear {
+    fn name(&self) -> &'static str {
+        match self.which {
+            Which::Forward => "linear",
+            Which::Dx(_) => "linear_dx",
+            Which::Dw => "linear_dw",
+        }
+    }
+
+    fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let (a, b) = (args.input::<f32>()?, args.input::<f32>()?);
+        let out = args.output::<f32>()?;
+        match self.which {
+            Which::Forward => host::linear(&cx.workers, self.dims, a, b, out),
+            Which::Dx(assign) => {
+                host::linear_dx(&cx.workers, self.dims, a, b, out, assign == Assign::Add);
+            }
+            Which::Dw => host::linear_dw(&cx.workers, self.dims, a, b, out),
+        }
+        Ok(())
+    }
+}
+
+/// Tokens, outputs and inputs, where x is [.., k], weight [n, k] and y [.., n].
+fn dims(name: &'static str, x: Shape, weight: Shape, y: Shape) -> Result<(usize, usize, usize)> {
+    let (n, k) = match weight.dims() {
+        [n, k] => (*n, *k),
+        _ => (0, 0),
+    };
+    let fits = n * k > 0
+        && x.dims().last() == Some(&k)
+        && y.dims().last() == Some(&n)
+        && x.elements() / k == y.elements() / n;
+    expect(name, fits, || {
+        format!("x {x:?}, weight {weight:?} and y {y:?} do not fit")
+    })?;
+    Ok((x.elements() / k, n, k))
+}
+
+/// `y = x · weightᵀ`: x is [.., k], weight [n, k], y [.., n].
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn linear(
+    step: &Step<'_>,
+    x: &Tensor<'_>,
+    weight: &Tensor<'_>,
+    y: &mut TensorMut<'_>,
+) -> Result<()> {
+    let dims = dims("linear", x.shape(), weight.shape(), y.shape())?;
+    step.launch(
+        Linear {
+            which: Which::Forward,
+            dims,
+        },
+        &[*x, *weight],
+        &[y.reborrow()],
+    )
+}
+
+/// `dx = dy · weight`, or added to dx: dy is [.., n], weight [n, k], dx [.., k].
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn linear_dx(
+    step: &Step<'_>,
+    dy: &Tensor<'_>,
+    weight: &Tensor<'_>,
+    dx: &mut TensorMut<'_>,
+    assign: Assign,
+) -> Result<()> {
+    let dims = dims("linear_dx", dx.shape(), weight.shape(), dy.shape())?;
+    step.launch(
+        Linear {
+            which: Which::Dx(assign),
+            dims,
+        },
+        &[*dy, *weight],
+        &[dx.reborrow()],
+    )
+}
+
+/// `dweight += dyᵀ · x`: x is [.., k], dy [.., n], dweight [n, k].
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape).
+pub fn linear_dw(
+    step: &Step<'_>,
+    x: &Tensor<'_>,
+    dy: &Tensor<'_>,
+    dweight: &mut TensorMut<'_>,
+) -> Result<()> {
+    let dims = dims("linear_dw", x.shape(), dweight.shape(), dy.shape())?;
+    step.launch(
+        Linear {
+            which: Which::Dw,
+            dims,
+        },
+        &[*x, *dy],
+        &[dweight.reborrow()],
+    )
+}
