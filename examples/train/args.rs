@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Parser, Debug)]
 #[command(version, about)]
 pub(crate) struct Args {
-    /// Steps of the whole run, those before --resume included [default: 150]
+    /// Steps of the whole run, those before --resume included [default: 300]
     #[arg(long)]
     pub(crate) steps: Option<u64>,
     /// Sequences in a step [default: 8]
@@ -113,7 +113,7 @@ pub(crate) struct Recipe {
 impl Default for Recipe {
     fn default() -> Self {
         Self {
-            steps: 150,
+            steps: 300,
             batch: 8,
             seq: 128,
             seed: 0,

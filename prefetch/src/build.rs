@@ -48,6 +48,8 @@ struct Progress {
     kept: Option<ClaimRef>,
     /// Its first read, fetch or use in the step.
     first: Option<TaskId>,
+    /// Its newest read.
+    read: Option<TaskId>,
     grad_slot: Option<ClaimRef>,
     /// The gradient's slab, if from a pool.
     grad_slab: Option<ClaimRef>,
@@ -181,7 +183,10 @@ impl<'a> Builder<'a> {
         }
         let bytes = self.bytes(section);
         let staged = (self.placement.param_home(section) == Tier::Disk).then(|| {
-            let read = self.add(TaskKind::ReadParam(section), Lane::DiskRead, bytes, vec![]);
+            // An extent is read by one transfer at a time.
+            let before = self.progress(section).read.map(after).into_iter().collect();
+            let read = self.add(TaskKind::ReadParam(section), Lane::DiskRead, bytes, before);
+            self.progress(section).read = Some(read);
             self.at(read).window = Window::Read(stage);
             let slab = self.claim(read, self.placement.pool(PoolKind::ParamStage, section));
             self.at(read).slab = Some(slab);

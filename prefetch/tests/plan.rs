@@ -250,6 +250,26 @@ fn validate(
             }
         }
     }
+    // No extent is under way twice at once.
+    let mut disk: Vec<_> = report
+        .trace
+        .iter()
+        .filter_map(|e| {
+            let extent = match e.kind {
+                TaskKind::ReadParam(s) | TaskKind::WriteParam(s) => (s, 0, 0),
+                TaskKind::ReadGrad(s) | TaskKind::SpillGrad(s) => (s, 1, 0),
+                TaskKind::ReadOptim(s, p) | TaskKind::WriteOptim(s, p) => (s, 2, p),
+                _ => return None,
+            };
+            Some((extent, e.start, e.end))
+        })
+        .collect();
+    disk.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    for pair in disk.windows(2) {
+        if pair[0].0 == pair[1].0 && pair[0].2 > pair[1].1 {
+            return Err(format!("{:?} is under way twice", pair[0].0));
+        }
+    }
     for (pool, peak) in plan.pools().iter().zip(&report.peaks) {
         if *peak as u64 > pool.buffers {
             return Err(format!("{:?} held {peak} of {}", pool.kind, pool.buffers));
