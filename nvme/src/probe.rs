@@ -26,6 +26,14 @@ pub fn io_uring() -> Result<(), String> {
     UringIo::works()
 }
 
+/// Bytes free for this user in a folder.
+///
+/// # Errors
+/// [`Error::Folder`].
+pub fn free_bytes(folder: &Path) -> Result<u64, Error> {
+    crate::files::free_bytes(folder)
+}
+
 /// Writes `bytes` of real data to a file in `folder`, past the page cache, and reads them back.
 /// (A file that was reserved and never written reads faster than any disk.)
 ///

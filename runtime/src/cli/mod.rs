@@ -1,0 +1,3 @@
+//! The subcommands of `forebay`, one file each.
+
+pub(crate) mod doctor;
