@@ -99,6 +99,13 @@ impl Section {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StageId(pub(crate) u32);
 
+impl From<u32> for StageId {
+    /// The stage added at this place, counted from 0, of the pass at hand.
+    fn from(index: u32) -> Self {
+        Self(index)
+    }
+}
+
 /// What one stage of a step needs and leaves.
 #[derive(Clone, Debug, Default)]
 pub struct Stage {

@@ -1,0 +1,115 @@
+//! A tiny decoder and runs of it, for tests of the whole path.
+#![allow(dead_code)]
+
+use std::path::Path;
+
+use forebay::{Options, Policy, RandomInit, Trainer};
+use forebay_decoder::{Batch, Config, Decoder, Family};
+
+pub(crate) const BATCH: usize = 2;
+pub(crate) const SEQ: usize = 24;
+
+/// Four layers, grouped heads, an odd vocabulary; optimizer states in several parts.
+pub(crate) fn config() -> Config {
+    Config {
+        family: Family::Qwen3,
+        hidden: 32,
+        intermediate: 80,
+        layers: 4,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        vocabulary: 61,
+        eps: 1e-6,
+        theta: 10_000.0,
+        tied: false,
+        init: 0.1,
+    }
+}
+
+pub(crate) fn decoder() -> Decoder {
+    Decoder::new(config(), BATCH, SEQ).unwrap()
+}
+
+/// Options under which all three tiers have work.
+pub(crate) fn options(folder: &Path) -> Options {
+    let mut options = Options::new([folder.to_owned()]);
+    options.threads = 1;
+    options.optimizer_chunk = Some(4096);
+    options
+}
+
+/// Gives options the budgets that a placement calls for: for `Auto` half of what is between the
+/// least and all.
+pub(crate) fn with_budgets(mut options: Options, decoder: &Decoder) -> Options {
+    let footprint = decoder.footprint(options.threads).unwrap();
+    let needs = |policy| {
+        let options = Options {
+            placement: policy,
+            ..options.clone()
+        };
+        forebay::requirements(decoder.model(), footprint, &options).unwrap()
+    };
+    let (most, least) = (needs(Policy::Resident), needs(Policy::Disk));
+    let all = needs(Policy::Pinned);
+    match options.placement {
+        Policy::Resident => {
+            options.device_budget = Some(most.device_bytes);
+            options.pinned_budget = Some(most.pinned_bytes);
+        }
+        Policy::Pinned => {
+            options.device_budget = Some(least.device_bytes);
+            // With fewer slots than the whole device would give, more lives in pinned memory.
+            options.pinned_budget = Some(2 * all.pinned_bytes);
+        }
+        Policy::Auto => {
+            options.device_budget = Some(least.device_bytes);
+            options.pinned_budget = Some((least.pinned_bytes + all.pinned_bytes) / 2);
+        }
+        Policy::Disk => {
+            options.device_budget = Some(least.device_bytes);
+            options.pinned_budget = Some(least.pinned_bytes);
+        }
+    }
+    options
+}
+
+/// The batch of a step: any function of the step will do.
+pub(crate) fn tokens(step: u64) -> (Vec<u32>, Vec<u32>) {
+    let token = |i: u64| ((i * i + 7 * i + step * 31 + (i * step) % 13) % 61) as u32;
+    let ids: Vec<u32> = (0..(BATCH * SEQ) as u64).map(token).collect();
+    let targets = (1..=(BATCH * SEQ) as u64).map(token).collect();
+    (ids, targets)
+}
+
+pub(crate) fn create(decoder: &Decoder, options: &Options) -> Trainer {
+    let footprint = decoder.footprint(options.threads).unwrap();
+    let model = decoder.model().clone();
+    Trainer::create(model, footprint, options, &mut RandomInit { seed: 5 }).unwrap()
+}
+
+pub(crate) fn resume(decoder: &Decoder, options: &Options) -> Trainer {
+    let footprint = decoder.footprint(options.threads).unwrap();
+    Trainer::resume(decoder.model().clone(), footprint, options).unwrap()
+}
+
+/// One step; the bits of its loss.
+pub(crate) fn step(trainer: &mut Trainer, decoder: &Decoder) -> u32 {
+    let (ids, targets) = tokens(trainer.steps());
+    let step = trainer.begin(5e-3).unwrap();
+    decoder
+        .train_step(
+            &step,
+            &Batch {
+                ids: &ids,
+                targets: &targets,
+            },
+        )
+        .unwrap();
+    step.finish().unwrap().loss.unwrap().to_bits()
+}
+
+/// Bits of the losses of the next `steps` steps.
+pub(crate) fn train(trainer: &mut Trainer, decoder: &Decoder, steps: u64) -> Vec<u32> {
+    (0..steps).map(|_| step(trainer, decoder)).collect()
+}

@@ -1,0 +1,189 @@
+//! Forebay's decoder, run by the real trainer on the host device with its states on three tiers,
+//! against Hugging Face transformers (fixtures) and the f64 oracle (fresh random models): logits,
+//! loss and every gradient, per tensor.
+#![allow(clippy::unwrap_used)]
+
+mod fixtures;
+mod oracle;
+
+use std::collections::BTreeMap;
+
+use forebay::{
+    Options, Policy, Result, Section, SectionId, StageLease, TensorSpec, Trainer, Weights,
+};
+use forebay_decoder::{Batch, Config, Decoder, Positions};
+use oracle::{Shape, Tensors, distance};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const TOLERANCE: f64 = 1e-5;
+
+/// Weights by Hugging Face name.
+struct Given<'w>(&'w Tensors);
+
+fn hf_name(section: &str, tensor: &str) -> String {
+    if section == "lm_head" {
+        format!("{section}.{tensor}")
+    } else {
+        format!("model.{section}.{tensor}")
+    }
+}
+
+impl Weights for Given<'_> {
+    fn fill(&mut self, section: &Section, tensor: &TensorSpec, out: &mut [f32]) -> Result<()> {
+        let values = &self.0[&hf_name(section.name(), &tensor.name)];
+        assert_eq!(values.len(), out.len());
+        out.iter_mut()
+            .zip(values)
+            .for_each(|(out, value)| *out = *value as f32);
+        Ok(())
+    }
+}
+
+struct Ours {
+    logits: Vec<f64>,
+    loss: f64,
+    grads: BTreeMap<String, Vec<f64>>,
+}
+
+fn ours(config: &str, weights: &Tensors, ids: &[u32], targets: &[u32], seq: usize) -> Ours {
+    let folder = tempfile::tempdir().unwrap();
+    let decoder = Decoder::new(Config::parse(config).unwrap(), ids.len() / seq, seq).unwrap();
+    let mut options = Options::new([folder.path().to_owned()]);
+    options.placement = Policy::Disk;
+    options.threads = 2;
+    (options.device_budget, options.pinned_budget) = (Some(8 << 20), Some(8 << 20));
+    let footprint = decoder.footprint(options.threads).unwrap();
+    let model = decoder.model().clone();
+    let mut trainer = Trainer::create(model, footprint, &options, &mut Given(weights)).unwrap();
+
+    let step = trainer.eval().unwrap();
+    let logits = decoder.logits(&step, ids, seq, Positions::All).unwrap();
+    step.finish().unwrap();
+
+    let mut grads = BTreeMap::new();
+    let sections = decoder.model().sections();
+    let step = trainer.begin(0.0).unwrap();
+    let mut keep = |lease: &StageLease<'_>, id: SectionId| {
+        for tensor in sections[id.0 as usize].tensors() {
+            let grad = lease.grad(id, &tensor.name)?;
+            let mut out = vec![0.0; tensor.shape.elements()];
+            step.read(&grad.as_ref(), &mut out)?;
+            let name = decoder.hf_name(id, &tensor.name);
+            grads.insert(name, out.iter().map(|g| f64::from(*g)).collect());
+        }
+        Ok(())
+    };
+    decoder
+        .train_step_observed(&step, &Batch { ids, targets }, &mut keep)
+        .unwrap();
+    let loss = f64::from(step.finish().unwrap().loss.unwrap());
+    Ours {
+        logits: logits.iter().map(|l| f64::from(*l)).collect(),
+        loss,
+        grads,
+    }
+}
+
+/// The largest distance of any tensor, and its name.
+fn farthest(ours: &Ours, logits: &[f64], loss: f64, grads: &Tensors) -> (f64, String) {
+    let names: Vec<_> = grads.keys().collect();
+    assert_eq!(
+        ours.grads.keys().collect::<Vec<_>>(),
+        names,
+        "every tensor has a gradient"
+    );
+    let mut all = vec![
+        (distance(&ours.logits, logits), "logits".to_owned()),
+        (distance(&[ours.loss], &[loss]), "loss".to_owned()),
+    ];
+    all.extend(
+        grads
+            .iter()
+            .map(|(name, g)| (distance(&ours.grads[name], g), name.clone())),
+    );
+    all.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap()
+}
+
+#[test]
+fn logits_loss_and_gradients_agree_with_transformers() {
+    for f in fixtures::all() {
+        let ours = ours(&f.config, &f.weights, &f.ids, &f.targets, f.seq);
+        let (error, name) = farthest(&ours, &f.logits, f.loss, &f.grads);
+        println!("{}: farthest is {name}, {error:.2e}", f.name);
+        assert!(
+            error <= TOLERANCE,
+            "{}: {name} differs by {error:.2e}",
+            f.name
+        );
+    }
+}
+
+#[test]
+fn logits_loss_and_gradients_agree_with_the_oracle_on_fresh_models() {
+    let seed = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    println!("seed {seed}");
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for qk_norm in [false, true] {
+        let kv_heads = rng.random_range(1..3);
+        let shape = Shape {
+            hidden: 2 * rng.random_range(8..16),
+            intermediate: rng.random_range(20..50),
+            layers: rng.random_range(1..4),
+            heads: kv_heads * rng.random_range(1..4),
+            kv_heads,
+            head_dim: 2 * rng.random_range(2..8),
+            vocabulary: rng.random_range(20..80),
+            eps: 1e-6,
+            theta: 10_000.0,
+            tied: rng.random(),
+            qk_norm,
+        };
+        let config = serde_json::json!({
+            "model_type": if qk_norm { "qwen3" } else { "llama" },
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocabulary,
+            "rms_norm_eps": shape.eps,
+            "rope_theta": shape.theta,
+            "tie_word_embeddings": shape.tied,
+        });
+        let mut tensor = |(name, size): (String, usize)| {
+            let center = if name.contains("norm") { 1.0 } else { 0.0 };
+            // Rounded to f32, so that both sides start from the same weights.
+            let value = |_| f64::from((center + rng.random_range(-0.2..0.2f64)) as f32);
+            (name, (0..size).map(value).collect())
+        };
+        let mut weights: Tensors = shape.tensors().into_iter().map(&mut tensor).collect();
+        let seq = rng.random_range(1..40);
+        let tokens = 2 * seq;
+        let mut draw = || {
+            (0..tokens)
+                .map(|_| rng.random_range(0..shape.vocabulary as u32))
+                .collect()
+        };
+        let (ids, targets): (Vec<u32>, Vec<u32>) = (draw(), draw());
+        let mine = ours(&config.to_string(), &weights, &ids, &targets, seq);
+        let truth = oracle::run(&shape, &weights, &ids, &targets, seq);
+        let (error, name) = farthest(&mine, &truth.logits, truth.loss, &truth.grads);
+        println!("{shape:?}: farthest is {name}, {error:.2e}");
+        assert!(
+            error <= TOLERANCE,
+            "{shape:?}: {name} differs by {error:.2e}"
+        );
+        // Planted: one weight moved by a thousandth must show.
+        weights
+            .get_mut("model.layers.0.mlp.up_proj.weight")
+            .unwrap()[0] += 1e-2;
+        let truth = oracle::run(&shape, &weights, &ids, &targets, seq);
+        let (error, _) = farthest(&mine, &truth.logits, truth.loss, &truth.grads);
+        assert!(
+            error > TOLERANCE,
+            "a planted difference passes: {error:.2e}"
+        );
+    }
+}
