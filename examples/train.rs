@@ -21,7 +21,12 @@ use clap::Parser;
 fn main() -> ExitCode {
     let args = match args::Args::try_parse() {
         Ok(args) => args,
-        Err(error) => error.exit(),
+        Err(error) if error.use_stderr() => {
+            // The line that says what is wrong; --help has the rest.
+            eprintln!("{}", error.to_string().lines().next().unwrap_or_default());
+            return ExitCode::from(2);
+        }
+        Err(help) => help.exit(),
     };
     match run::run(&args) {
         Ok(()) => ExitCode::SUCCESS,

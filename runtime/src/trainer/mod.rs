@@ -1,5 +1,6 @@
 //! The training step on three tiers.
 
+mod driver;
 mod dry;
 mod engine;
 mod options;
@@ -8,6 +9,7 @@ mod report;
 mod scratch;
 mod states;
 mod step;
+mod tasks;
 mod telemetry;
 mod update;
 mod weights;

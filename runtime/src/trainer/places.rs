@@ -18,7 +18,8 @@ const SMALL_BYTES: u64 = 4096;
 /// Pinned memory that a trainer takes besides slabs of states: token ids of two steps, the piece
 /// for reading back, the loss.
 pub(super) fn fixed_bytes(footprint: Footprint) -> u64 {
-    2 * footprint.input_bytes.next_multiple_of(SMALL_BYTES) + READ_BYTES + SMALL_BYTES
+    // A lease takes a page even for nothing.
+    2 * footprint.input_bytes.max(1).next_multiple_of(SMALL_BYTES) + READ_BYTES + SMALL_BYTES
 }
 
 /// A slab's place while it is with the disk.

@@ -1,0 +1,194 @@
+//! The engine as a step drives it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use forebay_prefetch::{ParamSource, SectionId};
+
+use super::dry::Pass;
+use super::engine::{Engine, Sign};
+use super::places::READ_BYTES;
+use super::step::{Driver, Finished};
+use crate::device::{Span, Stream};
+use crate::error::{Error, Result};
+use crate::model::StageId;
+use crate::operation::Launch;
+use crate::tensor::View;
+
+impl Driver for Engine {
+    fn enter(&mut self, stage: StageId) -> Result<()> {
+        let result = self.enter_stage(stage);
+        self.sticky(result)
+    }
+
+    fn leave(&mut self, stage: StageId) {
+        if let Some((id, task)) = self.stage.filter(|(id, _)| *id == stage) {
+            debug_assert_eq!(id, stage);
+            let event = self.device.newest(Stream::Compute);
+            self.flying.push((task, Sign::Device(event)));
+            self.scheduler_mut().issued(task);
+        }
+    }
+
+    fn param(&self, section: SectionId) -> u64 {
+        let Some((stage, task)) = self.stage else {
+            return 0;
+        };
+        let plan = self.scheduler().plan();
+        let uses = &plan.stages()[stage.0 as usize];
+        match uses.params.iter().find(|(s, _)| *s == section) {
+            Some((_, ParamSource::Fetched(claim))) => self.slot(plan, task.step, *claim),
+            _ => self.resident(section),
+        }
+    }
+
+    fn grad(&self, section: SectionId) -> u64 {
+        let Some((stage, task)) = self.stage else {
+            return 0;
+        };
+        let plan = self.scheduler().plan();
+        let grads = &plan.stages()[stage.0 as usize].grads;
+        let claim = grads
+            .iter()
+            .find(|(s, ..)| *s == section)
+            .map(|(_, claim, _)| *claim);
+        claim.map_or(0, |claim| self.slot(plan, task.step, claim))
+    }
+
+    fn saved(&self, _saver: StageId) -> u64 {
+        let Some((stage, task)) = self.stage else {
+            return 0;
+        };
+        let plan = self.scheduler().plan();
+        let uses = &plan.stages()[stage.0 as usize];
+        let claim = uses.save.or(uses.restore);
+        claim.map_or(0, |claim| self.slot(plan, task.step, claim))
+    }
+
+    fn launch(&mut self, launch: Launch) -> Result<()> {
+        // SAFETY: views come from leases and frames: inside device memory; outputs overlap nothing
+        // (checked by `Launch::new`); and the scheduler keeps copies off what a stage uses.
+        unsafe { self.device.launch(launch) };
+        Ok(())
+    }
+
+    fn copy(&mut self, from: View, to: Span) -> Result<()> {
+        // SAFETY: as for `launch`: a checkpoint's slot and a tensor of the stage.
+        unsafe { self.device.copy(from.address, to) };
+        Ok(())
+    }
+
+    fn upload(&mut self, values: &[u32], to: Span) -> Result<()> {
+        let half = self.half();
+        let input = &mut self.places.inputs[half];
+        let start = self.input_used as usize;
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let Some(place) = input.get_mut(start..start + bytes.len()) else {
+            return Err(Error::Misuse(
+                "more token ids than the footprint was measured with; measure it again".to_owned(),
+            ));
+        };
+        place.copy_from_slice(bytes);
+        self.input_used += bytes.len() as u64;
+        // SAFETY: this half is written again only after the event; `to` is scratch of this step.
+        let event = unsafe { self.device.copy_in(Stream::Compute, to, place.as_ptr()) };
+        self.input_last[half] = Some(event);
+        Ok(())
+    }
+
+    fn loss(&mut self, from: View) -> Result<()> {
+        let span = Span {
+            address: from.address,
+            bytes: from.bytes(),
+        };
+        let target = self.places.small.address();
+        // SAFETY: only `finish` reads it, after the event, and before the next step's loss.
+        self.loss = Some(unsafe { self.device.copy_out(Stream::Compute, span, target) });
+        Ok(())
+    }
+
+    fn read(&mut self, from: View, out: &mut [f32]) -> Result<()> {
+        let piece = READ_BYTES as usize / 4;
+        for (index, out) in out.chunks_mut(piece).enumerate() {
+            let address = from.address + (index * piece * 4) as u64;
+            let span = Span {
+                address,
+                bytes: size_of_val(out) as u64,
+            };
+            let target = self.places.read.address();
+            // SAFETY: waited for at once; nobody else uses the piece.
+            let event = unsafe { self.device.copy_out(Stream::Compute, span, target) };
+            let waited = self.wait_for(event);
+            self.sticky(waited)?;
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+            bytes.copy_from_slice(&self.places.read[..bytes.len()]);
+        }
+        Ok(())
+    }
+
+    fn threads(&self) -> usize {
+        self.device.threads()
+    }
+
+    fn finish(&mut self) -> Result<Finished> {
+        let result = self.finish_pass();
+        self.sticky(result)
+    }
+
+    fn abandon(&mut self) {
+        self.failed
+            .get_or_insert_with(|| "a step was dropped before its end".to_owned());
+    }
+}
+
+impl Engine {
+    fn enter_stage(&mut self, stage: StageId) -> Result<()> {
+        self.check()?;
+        let id = forebay_prefetch::StageId(stage.0);
+        let task = loop {
+            let moved = self.pump()?;
+            if let Some(task) = self.scheduler_mut().try_start_compute(id) {
+                break task;
+            }
+            if !moved {
+                self.telemetry.waiting();
+                self.nap();
+            }
+        };
+        self.telemetry.entered();
+        self.order(Stream::Compute, task);
+        self.stage = Some((stage, task));
+        let plan = Arc::clone(self.scheduler().plan());
+        for (section, claim, first) in &plan.stages()[stage.0 as usize].grads {
+            if *first {
+                let address = self.slot(&plan, task.step, *claim);
+                let bytes = self.section_bytes(*section);
+                // SAFETY: the slot was just claimed for this gradient.
+                unsafe { self.device.zero(Span { address, bytes }) };
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_pass(&mut self) -> Result<Finished> {
+        self.stage = None;
+        let loss = match self.loss.take() {
+            None => None,
+            Some(event) => {
+                self.wait_for(event)?;
+                let bytes = self.places.small.first_chunk::<4>();
+                bytes.map(|b| f32::from_le_bytes(*b))
+            }
+        };
+        if self.pass == Pass::Eval {
+            self.wait_until(|engine| engine.scheduler().idle())?;
+        } else {
+            self.telemetry.end_step(Instant::now());
+        }
+        self.telemetry.end_pass();
+        Ok(Finished {
+            step: self.steps.saturating_sub(1),
+            loss,
+        })
+    }
+}

@@ -1,0 +1,439 @@
+//! `train` and `forebay doctor` as a user meets them: the main job end to end, and every bad input
+//! as one line that says what to do.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+/// The example's executable: cargo names it only for binaries.
+fn train() -> Command {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    let path = PATH.get_or_init(|| {
+        let test = std::env::current_exe().unwrap();
+        let path = test
+            .parent()
+            .unwrap()
+            .parent()
+            .unwrap()
+            .join("examples/train");
+        if !path.exists() {
+            let mut cargo = Command::new(env!("CARGO"));
+            let release = (!cfg!(debug_assertions)).then_some("--release");
+            cargo.args(["build", "--example", "train"]).args(release);
+            assert!(
+                cargo
+                    .current_dir(env!("CARGO_MANIFEST_DIR"))
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        }
+        path
+    });
+    Command::new(path)
+}
+
+/// A folder with text to train on and an empty one for the disk tier.
+struct Place {
+    root: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let text: String = (0..4000)
+            .map(|i| format!("line {} of {}\n", i, i * i % 97))
+            .collect();
+        std::fs::write(root.path().join("text.txt"), text).unwrap();
+        std::fs::create_dir(root.path().join("disk")).unwrap();
+        Self { root }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// A run of a few small steps with these flags besides.
+    fn run(&self, flags: &[&str]) -> Output {
+        let mut command = train();
+        command.args(["--steps", "4", "--batch", "2", "--seq", "32"]);
+        self.finish(command, flags)
+    }
+
+    /// A run with nothing but the data and these flags.
+    fn bare(&self, flags: &[&str]) -> Output {
+        self.finish(train(), flags)
+    }
+
+    fn finish(&self, mut command: Command, flags: &[&str]) -> Output {
+        if !flags.contains(&"--data") {
+            command.arg("--data").arg(self.path("text.txt"));
+        }
+        if !flags.contains(&"--disk") {
+            command.arg("--disk").arg(self.path("disk"));
+        }
+        command
+            .args(flags)
+            .current_dir(self.root.path())
+            .output()
+            .unwrap()
+    }
+
+    /// What `run` says when it refuses: one line, with all of these words in it.
+    fn refused(&self, flags: &[&str], words: &[&str]) {
+        check_refusal(&self.run(flags), &format!("{flags:?}"), words);
+    }
+}
+
+fn check_refusal(output: &Output, what: &str, words: &[&str]) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{what} passed");
+    assert!(
+        output.stdout.is_empty(),
+        "{what} printed {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    assert_eq!(text.trim_end().lines().count(), 1, "{what}: {text}");
+    assert!(text.starts_with("error: "), "{what}: {text}");
+    for word in words {
+        assert!(text.contains(word), "{what} says: {text} (no '{word}')");
+    }
+}
+
+fn losses(output: &Output) -> Vec<String> {
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text.lines()
+        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap())
+        .filter_map(|v| Some(v.get("loss_bits")?.as_str()?.to_owned()))
+        .collect()
+}
+
+#[test]
+fn json_gives_a_line_a_step_and_a_summary_with_peaks_within_budgets() {
+    let place = Place::new();
+    let output = place.run(&["--json"]);
+    assert_eq!(losses(&output).len(), 4);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let step: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    let bits = u32::from_str_radix(step["loss_bits"].as_str().unwrap(), 16).unwrap();
+    assert_eq!(
+        f64::from(f32::from_bits(bits)),
+        step["loss"].as_f64().unwrap()
+    );
+    assert!(step["step"] == 0 && step["tokens_per_s"].is_f64() && step["step_s"].is_f64());
+    let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    let summary = &last["summary"];
+    let number = |key: &str| {
+        summary[key]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{key}: {summary}"))
+    };
+    for key in [
+        "disk_bytes",
+        "read_bytes",
+        "written_bytes",
+        "h2d_bytes",
+        "d2h_bytes",
+        "step_s",
+        "bound_s",
+        "params",
+    ] {
+        assert!(number(key) > 0.0, "{key}");
+    }
+    assert!(number("device_peak_bytes") <= number("device_budget_bytes"));
+    assert!(number("pinned_peak_bytes") <= number("pinned_budget_bytes"));
+    assert!(summary["device"].is_string() && summary["bound_by"].is_string());
+}
+
+#[test]
+fn a_run_in_pieces_under_other_placements_prints_the_bits_of_the_whole() {
+    let place = Place::new();
+    let whole = losses(&place.run(&["--json", "--placement", "resident"]));
+    std::fs::remove_dir_all(place.path("disk")).unwrap();
+    std::fs::create_dir(place.path("disk")).unwrap();
+    let mut pieces = losses(&place.run(&["--json", "--stop-after", "1"]));
+    let more = [
+        "--json",
+        "--resume",
+        "--stop-after",
+        "2",
+        "--placement",
+        "disk",
+        "--threads",
+        "1",
+    ];
+    pieces.extend(losses(&place.bare(&more)));
+    pieces.extend(losses(&place.bare(&[
+        "--json",
+        "--resume",
+        "--lookahead",
+        "0",
+    ])));
+    assert_eq!(pieces, whole);
+}
+
+#[test]
+fn interrupted_it_publishes_and_says_how_to_resume() {
+    let place = Place::new();
+    let mut command = train();
+    command
+        .args(["--batch", "2", "--seq", "32", "--json", "--disk"])
+        .arg(place.path("disk"));
+    command.arg("--data").arg(place.path("text.txt"));
+    command
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped());
+    let child = command.spawn().unwrap();
+    // Past the first steps, long before the last.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    let first = losses(&output);
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("--resume --disk"),
+        "{output:?}"
+    );
+    let output = place.bare(&["--json", "--resume", "--stop-after", "1"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let next: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(next["step"].as_u64().unwrap(), first.len() as u64);
+}
+
+#[test]
+fn bad_flags_and_budgets_are_one_line_that_says_what_to_do() {
+    let place = Place::new();
+    place.refused(
+        &["--gpu-budget", "1MiB"],
+        &["device budget", "at least", "--gpu-budget"],
+    );
+    place.refused(
+        &["--pinned-budget", "64KiB"],
+        &["pinned budget", "at least", "--pinned-budget"],
+    );
+    place.refused(
+        &["--placement", "resident", "--gpu-budget", "4MiB"],
+        &["device budget", "at least", "--gpu-budget"],
+    );
+    place.refused(
+        &["--placement", "pinned", "--pinned-budget", "4MiB"],
+        &["pinned budget", "at least"],
+    );
+    place.refused(&["--device", "cuda"], &["no cuda device", "--device host"]);
+    place.refused(&["--lr", "nan"], &["--lr"]);
+    for (flags, words) in [
+        (["--placement", "tape"], "auto, resident, pinned or disk"),
+        (["--gpu-budget", "12XB"], "512MiB"),
+        (["--device", "tpu"], "auto, host or cuda"),
+        (["--batch", "0"], "--batch"),
+    ] {
+        place.refused(&flags, &[words]);
+    }
+}
+
+#[test]
+fn bad_data_and_configurations_are_one_line_that_says_what_to_do() {
+    let place = Place::new();
+    place.refused(
+        &["--data", "/nowhere/at/all"],
+        &["--data /nowhere/at/all", "no such"],
+    );
+    std::fs::write(place.path("empty"), "").unwrap();
+    let empty = place.path("empty").display().to_string();
+    place.refused(&["--data", &empty], &["0 bytes of text", "--data"]);
+    let config = |text: &str| {
+        let path = place.path("config.json");
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    place.refused(&["--config", "/nowhere.json"], &["/nowhere.json"]);
+    place.refused(&["--config", &config("{")], &["config.json"]);
+    let good = r#"{"model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256"#;
+    for (more, words) in [
+        ("", ["config.json", "EOF"]),
+        (
+            r#", "rope_scaling": {"rope_type": "yarn"}}"#,
+            ["rope_type", "yarn"],
+        ),
+        (r#", "head_dim": 7}"#, ["head_dim", "even"]),
+        (
+            r#", "num_key_value_heads": 3}"#,
+            ["num_key_value_heads", "divide"],
+        ),
+        (
+            r#", "attention_bias": true}"#,
+            ["attention_bias", "no biases"],
+        ),
+        (
+            r#", "num_key_value_heads": 99999999999}"#,
+            ["num_key_value_heads", "size"],
+        ),
+    ] {
+        place.refused(&["--config", &config(&format!("{good}{more}"))], &words);
+    }
+    let other = config(&good.replace("llama", "mamba"));
+    place.refused(&["--config", &other], &["config.json"]);
+    std::fs::write(place.path("config.json"), format!("{good}}}")).unwrap();
+    let fine = place.path("config.json").display().to_string();
+    assert!(place.run(&["--config", &fine, "--json"]).status.success());
+    let small = config(&format!("{}}}", good.replace("256", "100")));
+    place.refused(&["--config", &small], &["vocab_size", "256"]);
+}
+
+#[test]
+fn stores_that_are_damaged_taken_or_of_another_model_are_refused_and_not_touched() {
+    let place = Place::new();
+    let resume = |words: &[&str]| {
+        check_refusal(&place.bare(&["--resume", "--steps", "9"]), "resume", words);
+    };
+    resume(&["no published generation", "without --resume"]);
+    place.refused(&["--disk", "/nowhere"], &["/nowhere", "--disk"]);
+    assert!(place.run(&["--json"]).status.success());
+    place.refused(&[], &["already holds a store", "--resume"]);
+
+    let config = place.path("other.json");
+    let text = r#"{"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}"#;
+    std::fs::write(&config, text).unwrap();
+    let output = place.bare(&["--resume", "--config", &config.display().to_string()]);
+    check_refusal(&output, "another model", &["Qwen3", "Llama", "--disk"]);
+
+    let manifest = place.path("disk/generation.forebay");
+    flip(&manifest, 200, || {
+        resume(&["generation.forebay", "damaged"])
+    });
+    let data = place.path("disk/data-0.forebay");
+    // The first extent of the last published generation: the first place, or the second.
+    for at in extent_offsets(&manifest) {
+        flip(&data, at + 100, || {
+            resume(&["checksum", "data-0.forebay", "damaged"])
+        });
+    }
+    let lock = std::fs::File::open(place.path("disk/store.lock")).unwrap();
+    lock.lock().unwrap();
+    resume(&["in use by process", "stop it"]);
+    lock.unlock().unwrap();
+    assert!(
+        place
+            .bare(&["--resume", "--steps", "5", "--json"])
+            .status
+            .success(),
+        "still whole"
+    );
+}
+
+/// Offsets of the first and last extent that a generation names.
+fn extent_offsets(manifest: &Path) -> [u64; 2] {
+    let text = std::fs::read_to_string(manifest).unwrap();
+    let json: serde_json::Value = serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
+    let extents = json["extents"].as_array().unwrap();
+    let offset = |e: &serde_json::Value| e["offset"].as_u64().unwrap();
+    [offset(&extents[0]), offset(extents.last().unwrap())]
+}
+
+/// Flips a bit of a file for the time of `work`.
+fn flip(path: &Path, at: u64, work: impl Fn()) {
+    let change = || {
+        let mut bytes = std::fs::read(path).unwrap();
+        bytes[at as usize] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    };
+    change();
+    work();
+    change();
+}
+
+#[test]
+fn a_disk_that_is_read_only_or_too_full_is_refused_before_the_run() {
+    let place = Place::new();
+    for (options, words) in [
+        ("ro,size=16m", ["--disk", "writable"]),
+        ("size=4m", ["bytes free", "needs"]),
+    ] {
+        let Some(mounted) = Mount::new(place.path("disk"), options) else {
+            return;
+        };
+        place.refused(&[], &words);
+        drop(mounted);
+    }
+    assert!(place.run(&["--json"]).status.success());
+}
+
+/// A small file system in memory; needs root, and says so where it cannot be had.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(path: PathBuf, options: &str) -> Option<Self> {
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(&path);
+        if mount.output().is_ok_and(|o| o.status.success()) {
+            return Some(Self(path));
+        }
+        assert!(
+            std::env::var_os("FOREBAY_CI").is_none(),
+            "mounting needs root, and CI has it"
+        );
+        eprintln!("not run: mounting a tmpfs needs root");
+        None
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn doctor_prints_each_fact_and_names_a_folder_that_is_not_there() {
+    let doctor = || Command::new(env!("CARGO_BIN_EXE_forebay"));
+    let folder = tempfile::tempdir().unwrap();
+    let output = doctor()
+        .args(["doctor", "--disk"])
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    for fact in [
+        "GPU",
+        "CPU",
+        "memory",
+        "memlock",
+        "huge pages",
+        "io_uring",
+        "disk space",
+        "disk speed",
+        "default budgets",
+    ] {
+        assert!(text.contains(fact), "{fact} in {text}");
+    }
+    assert_eq!(
+        std::fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "it leaves nothing behind"
+    );
+    let output = doctor()
+        .args(["doctor", "--json", "--disk", "/nowhere"])
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let facts: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(
+        facts
+            .iter()
+            .any(|f| f["standing"] == "FAIL" && f["mend"].is_string())
+    );
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/nowhere"));
+}
