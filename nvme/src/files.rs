@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::Error;
 
@@ -14,6 +15,8 @@ use crate::Error;
 pub(crate) const BLOCK: u64 = 4096;
 
 const LOCK: &str = "store.lock";
+/// A killed process, or a child between fork and exec, holds a lock a moment longer.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 pub(crate) const MANIFEST: &str = "generation.forebay";
 const MANIFEST_NEW: &str = "generation.new";
 /// More than any real manifest has.
@@ -59,8 +62,13 @@ pub(crate) fn lock(path: &Path) -> Result<File, Error> {
         .create(true)
         .open(path.join(LOCK))
         .map_err(folder(path))?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
     // SAFETY: a plain call on a file that is open.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+    while unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+        if Instant::now() < deadline {
+            std::thread::sleep(LOCK_PATIENCE / 50);
+            continue;
+        }
         let mut owner = String::new();
         // The number is a courtesy; without it the error still says what is wrong.
         let _ = file.read_to_string(&mut owner);

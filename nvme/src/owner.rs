@@ -464,3 +464,6 @@ fn clear_padding(slab: &mut Slab, bytes: u64, padded: u64) {
     // SAFETY: the lease covers its padded length, which the store checked against `padded`.
     unsafe { std::ptr::write_bytes(slab.address().add(within as usize), 0, rest) };
 }
+
+#[cfg(test)]
+mod tests;
