@@ -237,6 +237,9 @@ fn summary_table(s: &Summary<'_>) {
         );
     }
     println!(
+        "(reads and writes share the disk: each rate is over the time in which it did either)"
+    );
+    println!(
         "step {:.1} ms, bound {:.1} ms by {} ({:.2} x); compute {:.1}, link {:.1}, disk {:.1}, \
          optimizer {:.1} ms",
         r.step_s * 1e3,

@@ -236,7 +236,6 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Options {
         ..options.optimizer
     };
     options.clip = (recipe.clip > 0.0).then_some(recipe.clip);
-    options.seed = recipe.seed;
     options.disk_throttle = args.disk_throttle.map(|b| b.0);
     options
 }

@@ -222,7 +222,7 @@ impl Decoder {
     }
 
     /// Logits of sequences of `seq` tokens, at most as many tokens in all as the decoder was made
-    /// for: [sequences or tokens, vocabulary], row-major.
+    /// for: `[sequences or tokens, vocabulary]`, row-major.
     ///
     /// # Errors
     /// As [`Decoder::train_step`].

@@ -51,9 +51,9 @@ impl Operation for Backward {
 /// What a forward pass of attention leaves for the backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionOutput<'a> {
-    /// [tokens, heads, head_dim].
+    /// `[tokens, heads, head_dim]`.
     pub out: Tensor<'a>,
-    /// Log-sum-exp of the scores, [batch, heads, seq].
+    /// Log-sum-exp of the scores, `[batch, heads, seq]`.
     pub lse: Tensor<'a>,
 }
 
@@ -85,8 +85,8 @@ fn check(name: &'static str, shape: AttentionShape, qkv: [&Tensor<'_>; 3]) -> Re
     Ok(())
 }
 
-/// `out = softmax(q · kᵀ / sqrt(head_dim), causal) · v`. q and out are [tokens, heads, head_dim],
-/// k and v [tokens, kv_heads, head_dim], lse [batch, heads, seq].
+/// `out = softmax(q · kᵀ / sqrt(head_dim), causal) · v`. q and out are `[tokens, heads, head_dim]`,
+/// k and v `[tokens, kv_heads, head_dim]`, lse `[batch, heads, seq]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Scratch`](crate::Error::Scratch).

@@ -43,16 +43,16 @@ impl Operation for CrossEntropy {
 /// Where the gradients of the classifier go.
 #[derive(Debug)]
 pub struct ClassifierGrads<'a> {
-    /// [tokens, hidden], set.
+    /// `[tokens, hidden]`, set.
     pub dx: TensorMut<'a>,
-    /// [vocabulary, hidden], added to.
+    /// `[vocabulary, hidden]`, added to.
     pub dweight: TensorMut<'a>,
 }
 
 /// `loss = scale · Σ over counted tokens of (logsumexp(x · weightᵀ) - the target's logit)`, with
 /// its gradients if wanted; logits are never held whole (Cut Cross-Entropy, arXiv 2411.09009).
 ///
-/// x is [tokens, hidden], weight [vocabulary, hidden], targets [tokens] u32 with [`IGNORED`] for
+/// x is `[tokens, hidden]`, weight `[vocabulary, hidden]`, targets `[tokens]` u32 with [`IGNORED`] for
 /// those that do not count, loss one f32. A target outside the vocabulary fails the device.
 ///
 /// # Errors

@@ -59,7 +59,7 @@ fn cols(name: &'static str, ids: &Tensor<'_>, table: Shape, rows: Shape) -> Resu
     Ok(cols)
 }
 
-/// `out[t] = table[ids[t]]`: ids are u32, table is [vocabulary, cols], out [tokens, cols]. An id
+/// `out[t] = table[ids[t]]`: ids are u32, table is `[vocabulary, cols]`, out `[tokens, cols]`. An id
 /// outside the vocabulary fails the device.
 ///
 /// # Errors

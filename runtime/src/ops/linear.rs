@@ -45,7 +45,7 @@ impl Operation for Linear {
     }
 }
 
-/// Tokens, outputs and inputs, where x is [.., k], weight [n, k] and y [.., n].
+/// Tokens, outputs and inputs, where x is `[.., k]`, weight `[n, k]` and y `[.., n]`.
 fn dims(name: &'static str, x: Shape, weight: Shape, y: Shape) -> Result<(usize, usize, usize)> {
     let (n, k) = match weight.dims() {
         [n, k] => (*n, *k),
@@ -61,7 +61,7 @@ fn dims(name: &'static str, x: Shape, weight: Shape, y: Shape) -> Result<(usize,
     Ok((x.elements() / k, n, k))
 }
 
-/// `y = x · weightᵀ`: x is [.., k], weight [n, k], y [.., n].
+/// `y = x · weightᵀ`: x is `[.., k]`, weight `[n, k]`, y `[.., n]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape).
@@ -82,7 +82,7 @@ pub fn linear(
     )
 }
 
-/// `dx = dy · weight`, or added to dx: dy is [.., n], weight [n, k], dx [.., k].
+/// `dx = dy · weight`, or added to dx: dy is `[.., n]`, weight `[n, k]`, dx `[.., k]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape).
@@ -104,7 +104,7 @@ pub fn linear_dx(
     )
 }
 
-/// `dweight += dyᵀ · x`: x is [.., k], dy [.., n], dweight [n, k].
+/// `dweight += dyᵀ · x`: x is `[.., k]`, dy `[.., n]`, dweight `[n, k]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape).

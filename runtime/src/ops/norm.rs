@@ -68,7 +68,7 @@ fn cols(name: &'static str, x: Shape, weight: Shape, others: &[Shape]) -> Result
 }
 
 /// `y = weight * x / sqrt(mean(x²) + eps)` over the last dimension, which weight is as long as.
-/// For QK-norm, give x as [.., heads, head_dim].
+/// For QK-norm, give x as `[.., heads, head_dim]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape).

@@ -32,7 +32,7 @@ impl Operation for Rope {
     }
 }
 
-/// Turns x, [tokens, heads, head_dim], in place, in the rotate-half form; positions start at 0 in
+/// Turns x, `[tokens, heads, head_dim]`, in place, in the rotate-half form; positions start at 0 in
 /// each sequence of `seq` tokens, and `theta` is the base of the wavelengths.
 ///
 /// # Errors

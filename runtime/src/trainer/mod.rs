@@ -69,7 +69,8 @@ struct Meta {
 }
 
 impl Trainer {
-    /// Makes a new model in a new store and publishes it as its first generation.
+    /// Makes a new model in a new store. Nothing of it is durable before the first
+    /// [`Trainer::publish`].
     ///
     /// # Errors
     /// Budgets too small (with the least that works), a disk folder that cannot be used, a store
@@ -83,7 +84,6 @@ impl Trainer {
         let mut trainer = Self::open(model, footprint, options, false)?;
         let model = Arc::clone(&trainer.model);
         trainer.engine.initialize(&model.sections, weights)?;
-        trainer.publish("")?;
         Ok(trainer)
     }
 
@@ -302,7 +302,8 @@ fn place(
     options: &Options,
     budgets: order::Budgets,
 ) -> Result<Placement> {
-    let largest = model.sections.iter().map(|s| s.elements).max().unwrap_or(0);
+    let elements = || model.sections.iter().map(|s| s.elements);
+    let largest = elements().max().unwrap_or(0);
     let place_options = order::PlaceOptions {
         policy: options.placement,
         lookahead: options.lookahead,
@@ -311,11 +312,21 @@ fn place(
         } else {
             Timing::Immediate
         },
-        chunk_elements: options.optimizer_chunk.unwrap_or(4 << 20).min(largest),
+        chunk_elements: options
+            .optimizer_chunk
+            .unwrap_or_else(|| chunk(elements().sum()))
+            .min(largest),
         scratch_bytes: footprint.scratch_bytes,
         pinned_fixed_bytes: places::fixed_bytes(footprint),
     };
     Ok(order::place(model, budgets, &place_options)?)
+}
+
+/// Elements of a part, from the model alone, so that a store opens under any budget: large enough
+/// for disks (1 to 48 MiB of states), small enough that the few on their way are a small part of
+/// the whole.
+fn chunk(elements: u64) -> u64 {
+    (elements / 128).clamp(64 << 10, 4 << 20)
 }
 
 /// Everything that the store may hold under a placement.

@@ -70,9 +70,8 @@ pub struct Options {
     /// The largest global norm of a step's gradient; larger ones are scaled down to it. With
     /// `None`, sections whose states are on disk are updated before the backward pass has ended.
     pub clip: Option<f64>,
-    /// Seed of [`RandomInit`](crate::RandomInit) weights; kept in the generation.
-    pub seed: u64,
-    /// Most elements updated in one piece; `None`: 4 Mi, and no more than the largest section.
+    /// Most elements updated in one piece; `None`: a 128th of the model, from 64 Ki to 4 Mi. A store
+    /// opens only under the value that it was made with.
     pub optimizer_chunk: Option<u64>,
     /// How the disk is driven.
     pub io: IoChoice,
@@ -100,7 +99,6 @@ impl Options {
                 weight_decay: 0.1,
             },
             clip: Some(1.0),
-            seed: 0,
             optimizer_chunk: None,
             io: IoChoice::Auto,
             disk_throttle: None,

@@ -62,7 +62,7 @@ pub fn attention_scratch(dims: AttentionDims, threads: usize) -> usize {
     threads * (2 * dims.tile_floats() + QUERIES)
 }
 
-/// One head of a tensor [batch, seq, heads, head_dim].
+/// One head of a tensor `[batch, seq, heads, head_dim]`.
 fn head_of(slice: &[f32], (start, stride): (usize, usize), first: usize) -> Matrix {
     Matrix {
         start: slice[start + first * stride..].as_ptr(),
@@ -73,8 +73,8 @@ fn head_of(slice: &[f32], (start, stride): (usize, usize), first: usize) -> Matr
 
 /// `out = softmax(q·kᵀ / sqrt(d), causal)·v` and the log-sum-exp of each row of scores.
 ///
-/// q and out are [batch, seq, heads, head_dim]; k and v [batch, seq, kv_heads, head_dim]; lse
-/// [batch, heads, seq].
+/// q and out are `[batch, seq, heads, head_dim]`; k and v `[batch, seq, kv_heads, head_dim]`; lse
+/// `[batch, heads, seq]`.
 #[expect(clippy::too_many_arguments, reason = "the tensors of the operation")]
 pub fn attention(
     w: &Workers,

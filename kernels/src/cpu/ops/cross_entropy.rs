@@ -30,9 +30,9 @@ pub struct ClassifierDims {
 /// Where the gradients go.
 #[derive(Debug)]
 pub struct ClassifierGrads<'a> {
-    /// [tokens, hidden], set.
+    /// `[tokens, hidden]`, set.
     pub dx: &'a mut [f32],
-    /// [vocabulary, hidden], added to.
+    /// `[vocabulary, hidden]`, added to.
     pub dweight: &'a mut [f32],
 }
 

@@ -20,7 +20,7 @@ pub(super) fn check(ids: &[u32], vocabulary: usize) -> Result<(), KernelError> {
     }
 }
 
-/// `out[t] = table[ids[t]]`: table is [vocabulary, cols], out [tokens, cols].
+/// `out[t] = table[ids[t]]`: table is `[vocabulary, cols]`, out `[tokens, cols]`.
 ///
 /// # Errors
 /// [`KernelError::IdOutOfRange`].

@@ -125,7 +125,7 @@ fn tiled(
     });
 }
 
-/// `y = x · weightᵀ`: x is [t, k], weight [n, k], y [t, n].
+/// `y = x · weightᵀ`: x is `[t, k]`, weight `[n, k]`, y `[t, n]`.
 pub fn linear(
     w: &Workers,
     (t, n, k): (usize, usize, usize),
@@ -148,7 +148,7 @@ pub fn linear(
     );
 }
 
-/// `dx = dy · weight`, or added to `dx`: dy is [t, n], weight [n, k], dx [t, k].
+/// `dx = dy · weight`, or added to `dx`: dy is `[t, n]`, weight `[n, k]`, dx `[t, k]`.
 pub fn linear_dx(
     w: &Workers,
     (t, n, k): (usize, usize, usize),
@@ -172,7 +172,7 @@ pub fn linear_dx(
     );
 }
 
-/// `dweight += dyᵀ · x`: x is [t, k], dy [t, n], dweight [n, k].
+/// `dweight += dyᵀ · x`: x is `[t, k]`, dy `[t, n]`, dweight `[n, k]`.
 pub fn linear_dw(
     w: &Workers,
     (t, n, k): (usize, usize, usize),

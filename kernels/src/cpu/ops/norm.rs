@@ -20,7 +20,7 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum / x.len() as f32 + eps).sqrt()
 }
 
-/// Normalizes each row: x and y are [rows, cols], weight [cols].
+/// Normalizes each row: x and y are `[rows, cols]`, weight `[cols]`.
 pub fn rms_norm(w: &Workers, cols: usize, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     assert_eq!((x.len(), weight.len()), (y.len(), cols), "sizes of a norm");
     let rows = x.len() / cols;

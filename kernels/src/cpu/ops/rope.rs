@@ -30,7 +30,7 @@ pub struct RopeDims {
 /// Positions that one piece turns.
 const POSITIONS: usize = 16;
 
-/// Turns x, [tokens, heads, head_dim], in place.
+/// Turns x, `[tokens, heads, head_dim]`, in place.
 pub fn rope(w: &Workers, dims: RopeDims, x: &mut [f32], direction: Direction) {
     let RopeDims {
         seq,

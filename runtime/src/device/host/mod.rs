@@ -202,3 +202,6 @@ impl Device for HostDevice {
         self.streams[stream as usize].busy()
     }
 }
+
+#[cfg(test)]
+mod tests;
