@@ -16,7 +16,7 @@ losses = [line["loss"] for line in lines]
 last = sum(losses[-10:]) / 10
 before = sum(losses[-60:-50]) / 10
 print(f"{len(losses)} steps in {sys.argv[2]} s, last ten {last:.4f}, fifty steps before {before:.4f}, "
-      f"single bytes {summary[\"unigram_entropy\"]:.4f}")
+      f"single bytes {summary['unigram_entropy']:.4f}")
 assert last < summary["unigram_entropy"], "no better than single bytes"
 assert last < before, "no longer falling"
 assert int(sys.argv[2]) < 120, "too slow"
