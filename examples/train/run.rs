@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use forebay::{
@@ -21,6 +21,7 @@ use crate::print::{Printer, Summary};
 /// Losses whose mean is compared with the entropy of single bytes.
 pub(crate) const LAST: usize = 10;
 const SAMPLE_BYTES: usize = 240;
+const SAMPLE_TIME: Duration = Duration::from_secs(10);
 const HELD_OUT_BATCHES: usize = 8;
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -200,7 +201,9 @@ fn sample(
     let mut rng = ChaCha8Rng::seed_from_u64(recipe.seed);
     let prompt = data.prompt(recipe.seq as usize / 2);
     let mut text: Vec<u32> = prompt.iter().map(|b| u32::from(*b)).collect();
-    for _ in 0..SAMPLE_BYTES {
+    let start = Instant::now();
+    // Every byte is a whole forward pass: with a large model a shorter sample has to do.
+    while text.len() < prompt.len() + SAMPLE_BYTES && start.elapsed() < SAMPLE_TIME {
         let window = &text[text.len().saturating_sub(recipe.seq as usize)..];
         let step = trainer.eval()?;
         let logits = decoder.logits(&step, window, window.len(), Positions::Last)?;

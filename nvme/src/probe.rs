@@ -98,10 +98,17 @@ fn measure(arena: &Arena, folder: &Path, pieces: u64, piece: u64) -> Result<Disk
         let rate = (pieces * piece) as f64 / start.elapsed().as_secs_f64();
         Ok::<_, Error>((rate, back?))
     };
-    let (write_bytes_per_s, slabs) = run(true, slabs)?;
-    let (read_bytes_per_s, _) = run(false, slabs)?;
-    Ok(DiskRate {
-        read_bytes_per_s,
-        write_bytes_per_s,
-    })
+    // The first writes also make the file system find room: the best of a few rounds counts.
+    let mut best = DiskRate {
+        read_bytes_per_s: 0.0,
+        write_bytes_per_s: 0.0,
+    };
+    for _ in 0..3 {
+        let (write, back) = run(true, slabs)?;
+        let (read, back) = run(false, back)?;
+        best.write_bytes_per_s = best.write_bytes_per_s.max(write);
+        best.read_bytes_per_s = best.read_bytes_per_s.max(read);
+        slabs = back;
+    }
+    Ok(best)
 }

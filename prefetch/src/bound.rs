@@ -120,7 +120,8 @@ pub fn bound(plan: &Plan, rates: &Rates) -> Bound {
         (0..plan.tasks().len())
             .filter(|t| pick(*t))
             .map(|t| rates.seconds(plan, t))
-            .sum()
+            // From a positive zero: the sum of nothing would print as -0.
+            .fold(0.0, |sum, seconds| sum + seconds)
     };
     let lane = |lane: Lane| sum(&|t| plan.tasks()[t].lane == lane);
     let disk = lane(Lane::DiskRead) + lane(Lane::DiskWrite);
