@@ -28,7 +28,7 @@ fn child(folder: &Path) {
     // Both timings of updates, the one kept with the folder.
     options.clip = (!folder.ends_with("early")).then_some(0.5);
     let options = with_budgets(options, &decoder);
-    let exists = folder.join("generation.forebay").exists();
+    let exists = forebay::stored_user_text(folder).is_ok();
     let mut trainer = if exists {
         resume(&decoder, &options)
     } else {

@@ -307,15 +307,21 @@ fn stores_that_are_damaged_taken_or_of_another_model_are_refused_and_not_touched
     let output = place.bare(&["--resume", "--config", &config.display().to_string()]);
     check_refusal(&output, "another model", &["Qwen3", "Llama", "--disk"]);
 
-    let manifest = place.path("disk/generation.forebay");
-    flip(&manifest, 200, || {
-        resume(&["generation.forebay", "damaged"])
+    let data = place.path("disk/data.forebay");
+    let (maps, extents) = newest_map(&data);
+    flip(&data, &maps[..1], || {
+        let output = place.bare(&["--resume", "--stop-after", "0", "--json"]);
+        assert!(output.status.success(), "the map has a copy");
     });
-    let data = place.path("disk/data-0.forebay");
-    // The first extent of the last published generation: the first place, or the second.
-    for at in extent_offsets(&manifest) {
-        flip(&data, at + 100, || {
-            resume(&["checksum", "data-0.forebay", "damaged"])
+    let (maps, extents_now) = newest_map(&data);
+    assert!(!extents.is_empty());
+    flip(&data, &maps, || {
+        resume(&["data.forebay", "map is damaged", "snapshot"])
+    });
+    // The first extent of the last published generation, and the last.
+    for at in extents_now {
+        flip(&data, &[at + 100], || {
+            resume(&["checksum", "data.forebay", "damaged"])
         });
     }
     let lock = std::fs::File::open(place.path("disk/store.lock")).unwrap();
@@ -331,21 +337,42 @@ fn stores_that_are_damaged_taken_or_of_another_model_are_refused_and_not_touched
     );
 }
 
-/// Offsets of the first and last extent that a generation names.
-fn extent_offsets(manifest: &Path) -> [u64; 2] {
-    let text = std::fs::read_to_string(manifest).unwrap();
-    let json: serde_json::Value = serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
-    let extents = json["extents"].as_array().unwrap();
+/// Of the newest generation: a byte of each copy of its map, and the offsets of its first and last
+/// extent.
+fn newest_map(data: &Path) -> (Vec<u64>, Vec<u64>) {
+    let bytes = std::fs::read(data).unwrap();
+    let start = b"{\"generation\":";
+    let starts = (0..bytes.len())
+        .step_by(4096)
+        .filter(|at| bytes[*at..].starts_with(start));
+    let maps = starts.filter_map(|at| {
+        let text = serde_json::Deserializer::from_slice(&bytes[at..]);
+        let map = text.into_iter::<serde_json::Value>().next()?.ok()?;
+        Some((map["generation"].as_u64()?, at as u64 + 20, map))
+    });
+    let maps: Vec<_> = maps.collect();
+    let newest = maps.iter().map(|m| m.0).max().unwrap();
+    let copies: Vec<_> = maps.iter().filter(|m| m.0 == newest).collect();
+    let extents = copies[0].2["extents"].as_array().unwrap();
     let offset = |e: &serde_json::Value| e["offset"].as_u64().unwrap();
-    [offset(&extents[0]), offset(extents.last().unwrap())]
+    let ends = vec![offset(&extents[0]), offset(extents.last().unwrap())];
+    (copies.iter().map(|m| m.1).collect(), ends)
 }
 
-/// Flips a bit of a file for the time of `work`.
-fn flip(path: &Path, at: u64, work: impl Fn()) {
+/// Flips a bit of each of these bytes of a file for the time of `work`.
+fn flip(path: &Path, at: &[u64], work: impl Fn()) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
     let change = || {
-        let mut bytes = std::fs::read(path).unwrap();
-        bytes[at as usize] ^= 1;
-        std::fs::write(path, bytes).unwrap();
+        for at in at {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, *at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], *at).unwrap();
+        }
     };
     change();
     work();
@@ -365,7 +392,9 @@ fn a_disk_that_is_read_only_or_too_full_is_refused_before_the_run() {
         place.refused(&[], &words);
         drop(mounted);
     }
-    assert!(place.run(&["--json"]).status.success());
+    let output = place.run(&["--json"]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
 }
 
 /// A small file system in memory; needs root, and says so where it cannot be had.
@@ -391,7 +420,15 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        // The kernel takes a moment to put away the ring of a process that has ended.
+        for _ in 0..50 {
+            let output = Command::new("umount").arg(&self.0).output();
+            if output.is_ok_and(|o| o.status.success()) {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        eprintln!("{} stays mounted", self.0.display());
     }
 }
 

@@ -65,9 +65,14 @@ pub(crate) struct Args {
     /// Largest global norm of a gradient; 0 turns clipping off [default: 1]
     #[arg(long)]
     pub(crate) clip: Option<f64>,
-    /// Steps between generations on disk; 0: only at the end
-    #[arg(long, default_value_t = 50)]
-    pub(crate) publish: u64,
+    /// When to make a generation, from which --resume goes on: `every N` steps, `end` (and when
+    /// stopped), or `never` (the disk is swap: half the space, and nothing survives) [default: every
+    /// 50]
+    #[arg(long, num_args = 1..=2, value_names = ["every N | end | never"])]
+    pub(crate) publish: Vec<String>,
+    /// Terabytes that the disk is rated to endure (TBW), as 600TB: says how long that will last
+    #[arg(long)]
+    pub(crate) tbw: Option<Bytes>,
     /// Go on from the newest generation in --disk; what belongs to the run (--steps, --batch,
     /// --lr and the like) is as it was, unless given anew
     #[arg(long)]
@@ -81,6 +86,32 @@ pub(crate) struct Args {
     /// One JSON object a line: each step, then {"summary": ...}
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// When a run publishes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum When {
+    Every(u64),
+    End,
+    Never,
+}
+
+impl Args {
+    /// What --publish says.
+    pub(crate) fn when(&self) -> Result<When> {
+        let words: Vec<&str> = self.publish.iter().map(String::as_str).collect();
+        let (number, when) = match words[..] {
+            [] => return Ok(When::Every(50)),
+            ["end" | "0"] => return Ok(When::End),
+            ["never"] => return Ok(When::Never),
+            ["every", number] | [number] => (number, number.parse()),
+            _ => bail!("--publish {}: use every N, end or never", words.join(" ")),
+        };
+        match when {
+            Ok(steps) if steps > 0 => Ok(When::Every(steps)),
+            _ => bail!("--publish {number}: use every N (a number of steps), end or never"),
+        }
+    }
 }
 
 fn policy(text: &str) -> std::result::Result<Policy, String> {

@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use forebay::{Bound, Bytes, Ceilings, Options, Report, Trainer};
 use forebay_decoder::Decoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use crate::args::{Args, When};
 use crate::data::Data;
 use crate::run::LAST;
 
@@ -24,6 +26,7 @@ pub(crate) struct Summary<'s> {
     pub(crate) unigram: f64,
     pub(crate) held_out: f64,
     pub(crate) skipped: u64,
+    pub(crate) tbw: Option<Bytes>,
     pub(crate) sample: Option<String>,
 }
 
@@ -50,9 +53,10 @@ impl Printer {
         decoder: &Decoder,
         data: &Data,
         options: &Options,
-    ) {
+        args: &Args,
+    ) -> Result<()> {
         if self.json() {
-            return;
+            return Ok(());
         }
         let report = trainer.report();
         let config = decoder.config();
@@ -91,6 +95,8 @@ impl Printer {
             options.placement,
             options.lookahead
         );
+        println!("{}", publish_line(&report, args.when()?));
+        Ok(())
     }
 
     pub(crate) fn step(
@@ -164,7 +170,10 @@ impl Printer {
                 "d2h_bytes": hops[1].bytes,
                 "read_bytes": hops[2].bytes,
                 "written_bytes": hops[3].bytes,
-                "life_written_bytes": s.report.life_written_bytes,
+                "payload_read_bytes": s.report.disk_stats.payload_read_bytes,
+                "payload_written_bytes": s.report.disk_stats.payload_written_bytes,
+                "publish_bytes": s.report.publish.bytes,
+                "life_written_bytes": s.report.disk_stats.life.written_bytes,
                 "step_read_bytes": traffic.disk_read,
                 "step_written_bytes": traffic.disk_write,
                 "step_s": s.report.step_s,
@@ -198,6 +207,47 @@ impl Printer {
         } else {
             println!("{text}")
         }
+    }
+}
+
+/// What the choice of --publish costs, and what else there is.
+fn publish_line(report: &Report, when: When) -> String {
+    let [often, end, never] = report.publish.space.map(Bytes);
+    let each = Bytes(report.publish.bytes);
+    match when {
+        When::Every(steps) => format!(
+            "publish every {steps} steps: {often} of disk (end: {end}, never: {never}), each writes {each} \
+             and a map; a crash loses at most {steps} steps"
+        ),
+        When::End => format!(
+            "publish at the end: {end} of disk (every N: {often}), {each} written then; a crash before \
+             loses the run"
+        ),
+        When::Never => format!(
+            "publish never: {never} of disk (every N: {often}, end: {end}); NOT crash-safe, and nothing \
+             survives the run"
+        ),
+    }
+}
+
+/// Bytes written: by step, in the store's life, and how long a disk lasts.
+fn ledger(s: &Summary<'_>) {
+    let (stats, traffic) = (&s.report.disk_stats, &s.report.traffic);
+    let per = |bytes: u64| bytes as f64 / s.parameters.max(1) as f64;
+    println!(
+        "disk ledger: a step reads {} and writes {} ({:.2} + {:.2} bytes a parameter); in the store's \
+         life {} written, {:.3} x the states",
+        Bytes(traffic.disk_read),
+        Bytes(traffic.disk_write),
+        per(traffic.disk_read),
+        per(traffic.disk_write),
+        Bytes(stats.life.written_bytes),
+        stats.life.written_bytes as f64 / stats.life.payload_written_bytes.max(1) as f64,
+    );
+    if let Some(tbw) = s.tbw {
+        let left = tbw.0.saturating_sub(stats.life.written_bytes) as f64;
+        let days = left * s.report.step_s / (traffic.disk_write.max(1) as f64 * 86_400.0);
+        println!("a disk of {tbw} written lasts {days:.0} days of such steps");
     }
 }
 
@@ -251,12 +301,8 @@ fn summary_table(s: &Summary<'_>) {
         s.bound.disk * 1e3,
         s.bound.cpu * 1e3
     );
-    println!(
-        "written to disk in the store's life: {}; {} steps done, {} skipped",
-        Bytes(r.life_written_bytes),
-        s.steps_done,
-        s.skipped
-    );
+    ledger(s);
+    println!("{} steps done, {} skipped", s.steps_done, s.skipped);
     println!(
         "loss: mean of the last {LAST} steps {:.4}, held out {:.4}; single bytes {:.4}",
         s.last_losses, s.held_out, s.unigram

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use forebay::{
-    AdamW, Budgets, Ceilings, Footprint, Options, Policy, RandomInit, Trainer, requirements,
+    AdamW, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
+    requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
 use rand::SeedableRng;
 use rand::distr::{Distribution, weighted::WeightedIndex};
 use rand_chacha::ChaCha8Rng;
 
-use crate::args::{Args, Recipe};
+use crate::args::{Args, Recipe, When};
 use crate::data::Data;
 use crate::print::{Printer, Summary};
 
@@ -41,6 +42,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             config.vocabulary
         );
     }
+    let when = args.when()?;
+    if args.resume && when == When::Never {
+        bail!(
+            "--resume with --publish never would write over the generation that it resumes; use \
+             --publish end, or resume a copy (forebay snapshot)"
+        );
+    }
     let disk = Disk::new(args)?;
     let stored = if args.resume {
         Some(stored_recipe(&disk)?)
@@ -50,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let recipe = stored.unwrap_or_default().with(args)?;
     let data = Data::read(&data_paths(args), recipe.seq as usize)?;
     let decoder = Decoder::new(config, recipe.batch as usize, recipe.seq as usize)?;
-    let mut options = options(args, &recipe, &disk);
+    let mut options = options(args, &recipe, &disk)?;
     let footprint = decoder.footprint(options.threads)?;
     choose_budgets(&decoder, footprint, args, &mut options)?;
     let ceilings = Ceilings::measure(&disk.folders[0], options.threads)?;
@@ -65,11 +73,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             &options,
             &mut RandomInit { seed: recipe.seed },
         )?;
-        trainer.publish(&text)?;
+        if options.publish == Publish::Often {
+            trainer.publish(&text)?;
+        }
         trainer
     };
     let printer = Printer::new(args.json, recipe.steps, trainer.steps());
-    printer.start(&trainer, &decoder, &data, &options);
+    printer.start(&trainer, &decoder, &data, &options, args)?;
     let losses = train(
         &mut trainer,
         &decoder,
@@ -80,7 +90,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         &stop,
     )?;
     finish(
-        trainer, &decoder, &data, &recipe, &ceilings, &losses, disk, &printer,
+        trainer, &decoder, &data, &recipe, args, &ceilings, &losses, disk, &printer,
     )
 }
 
@@ -125,15 +135,19 @@ fn train(
         let seconds = start.elapsed().as_secs_f64();
         start = Instant::now();
         printer.step(finished.step, loss, tokens / seconds, seconds, trainer);
-        if args.publish > 0
-            && trainer.steps().is_multiple_of(args.publish)
+        if let When::Every(steps) = args.when()?
+            && trainer.steps().is_multiple_of(steps)
             && trainer.steps() < last
         {
             trainer.publish(&text)?;
             start = Instant::now();
         }
     }
-    trainer.publish(&text)?;
+    if args.when()? == When::Never {
+        trainer.settle()?;
+    } else {
+        trainer.publish(&text)?;
+    }
     printer.end();
     Ok(losses)
 }
@@ -147,6 +161,7 @@ fn finish(
     decoder: &Decoder,
     data: &Data,
     recipe: &Recipe,
+    args: &Args,
     ceilings: &Ceilings,
     losses: &[f32],
     disk: Disk,
@@ -184,10 +199,12 @@ fn finish(
         unigram: data.unigram_entropy(),
         held_out: held_out.iter().sum::<f64>() / held_out.len().max(1) as f64,
         skipped: trainer.skipped(),
+        tbw: args.tbw,
         sample,
     });
+    let published = trainer.generation() > 0;
     drop(trainer);
-    disk.end(whole, printer)
+    disk.end(whole, published, printer)
 }
 
 /// Continues the beginning of the held-out text, byte by byte.
@@ -225,7 +242,7 @@ fn sample(
     ))
 }
 
-fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Options {
+fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     let mut options = Options::new(disk.folders.iter().cloned());
     options.device = args.device;
     options.device_budget = args.gpu_budget.map(|b| b.0);
@@ -239,8 +256,13 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Options {
         ..options.optimizer
     };
     options.clip = (recipe.clip > 0.0).then_some(recipe.clip);
+    options.publish = match args.when()? {
+        When::Every(_) => Publish::Often,
+        When::End => Publish::End,
+        When::Never => Publish::Never,
+    };
     options.disk_throttle = args.disk_throttle.map(|b| b.0);
-    options
+    Ok(options)
 }
 
 /// Budgets that were not given: what the placement needs if it is named; and by default less than
@@ -334,8 +356,12 @@ impl Disk {
         })
     }
 
-    fn end(self, whole: bool, printer: &Printer) -> Result<()> {
-        if !self.own || !whole {
+    fn end(self, whole: bool, published: bool, printer: &Printer) -> Result<()> {
+        if !self.own && !published {
+            printer.note("nothing was published: the next run starts anew, in the same space");
+            return Ok(());
+        }
+        if published && (!self.own || !whole) {
             printer.resume(&self.folders, whole);
             return Ok(());
         }

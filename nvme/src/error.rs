@@ -37,7 +37,8 @@ pub enum Error {
     },
     /// The disk has too little room, found before anything was written.
     #[error(
-        "{path} has {free} bytes free and the store needs {needed}; free some or give another --disk"
+        "{path} has {free} bytes free and the store needs {needed} more; {instead}free some or give \
+         another --disk"
     )]
     Space {
         /// The folder.
@@ -46,6 +47,8 @@ pub enum Error {
         needed: u64,
         /// Bytes free there.
         free: u64,
+        /// What would fit, in words that end with `, or `; or nothing.
+        instead: String,
     },
     /// The store belongs to another model.
     #[error(
@@ -59,12 +62,32 @@ pub enum Error {
         /// The model found.
         found: String,
     },
-    /// A manifest that cannot be read: damaged, or not ours.
-    #[error("{path}: {what}; restore it from a copy, or start anew in another --disk")]
-    Manifest {
+    /// What a store says of itself cannot be read: damaged, or not ours.
+    #[error("{path}: {what}; restore it from a snapshot, or start anew in another --disk")]
+    Damaged {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
+        what: String,
+    },
+    /// Written in a format that this version cannot read.
+    #[error(
+        "{path} is in format {version} and this version of Forebay reads format {}; use the version \
+         that wrote it, or start anew in another --disk",
+        crate::FORMAT
+    )]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        version: u32,
+    },
+    /// The folders given are not those of the store.
+    #[error("{path}: {what}")]
+    Folders {
+        /// The folder.
+        path: PathBuf,
+        /// Which are missing or too many.
         what: String,
     },
     /// Data on disk is not what was written.
@@ -95,6 +118,26 @@ pub enum Error {
         offset: u64,
         /// Why.
         source: io::Error,
+    },
+    /// The disk has not answered for too long.
+    #[error(
+        "{why} ({requests} requests under way, one of them for {what}); \
+         what it may still touch stays locked until the process ends: look at the disk, then resume \
+         from the last generation"
+    )]
+    Stalled {
+        /// That the disk has not answered, and for how long; or that its thread has ended.
+        why: String,
+        /// Requests without an answer.
+        requests: usize,
+        /// One of them, in words.
+        what: String,
+    },
+    /// A transfer was given up before its end, as it was asked to be.
+    #[error("{what} was cancelled")]
+    Cancelled {
+        /// The state and section.
+        what: String,
     },
     /// A state that was never written was asked for.
     #[error("{what} was never written to this store")]

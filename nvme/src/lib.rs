@@ -28,16 +28,25 @@
 //! ```
 #![deny(missing_docs)]
 
+pub mod bench;
+mod buffer;
+mod checksum;
 mod error;
-mod files;
+mod folders;
+mod inspect;
 pub mod io;
 mod key;
+pub mod medium;
 mod owner;
 pub mod probe;
+pub mod profile;
+pub mod sim;
 mod store;
 
 pub use error::Error;
-pub use io::IoChoice;
-pub use key::{Key, Layout, StateKind};
-pub use owner::Direction;
-pub use store::{Done, Options, Stats, Store};
+pub use folders::Folders;
+pub use inspect::{ExtentInfo, Inspection, Snapshot, inspect, snapshot};
+pub use io::{IoChoice, Tuning};
+pub use key::{Item, Key, Layout, Shape, StateKind};
+pub use owner::{Direction, Priority};
+pub use store::{Copies, Done, FORMAT, Ledger, Options, Stats, Store};

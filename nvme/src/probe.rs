@@ -7,7 +7,7 @@ use std::time::Instant;
 use forebay_pinned::Arena;
 
 use crate::io::UringIo;
-use crate::{Error, IoChoice, Key, Layout, Options, StateKind, Store};
+use crate::{Error, Key, Layout, Options, StateKind, Store};
 
 /// Rates of a disk, in bytes per second.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,7 +31,7 @@ pub fn io_uring() -> Result<(), String> {
 /// # Errors
 /// [`Error::Folder`].
 pub fn free_bytes(folder: &Path) -> Result<u64, Error> {
-    crate::files::free_bytes(folder)
+    crate::folders::free_bytes(folder)
 }
 
 /// Writes `bytes` of real data to a file in `folder`, past the page cache, and reads them back.
@@ -41,7 +41,7 @@ pub fn free_bytes(folder: &Path) -> Result<u64, Error> {
 /// What keeps a store from working there.
 pub fn disk(folder: &Path, bytes: u64) -> Result<DiskRate, Error> {
     let pieces = 16;
-    let piece = (bytes / pieces).max(1 << 20);
+    let piece = (bytes / pieces).next_multiple_of(4096).max(64 << 10);
     let arena = Arena::new(pieces * piece).map_err(|e| Error::Folder {
         path: folder.into(),
         source: io::Error::other(e),
@@ -64,11 +64,7 @@ fn measure(arena: &Arena, folder: &Path, pieces: u64, piece: u64) -> Result<Disk
         part: part as u32,
     };
     let layout = Layout::new("probe", 0, (0..pieces).map(|p| (key(p), piece, "probe")));
-    let options = Options {
-        io: IoChoice::Auto,
-        ..Options::new([folder])
-    };
-    let mut store = Store::create(arena, &layout, &options)?;
+    let mut store = Store::create(arena, &layout, &Options::new([folder]))?;
     let mut slabs = Vec::new();
     for part in 0..pieces {
         let mut slab = arena.lease(piece).map_err(|e| Error::Folder {

@@ -48,6 +48,8 @@ pub struct PlaceOptions {
     pub timing: Timing,
     /// Most elements of a part.
     pub chunk_elements: u64,
+    /// Ranks that every section is split over: no part crosses from one's elements to the next's.
+    pub partitions: u32,
     /// Device memory that is not slots.
     pub scratch_bytes: u64,
     /// Pinned memory that is not slabs of states.
@@ -61,6 +63,7 @@ impl Default for PlaceOptions {
             lookahead: 2,
             timing: Timing::AfterNorm,
             chunk_elements: 4 << 20,
+            partitions: 1,
             scratch_bytes: 0,
             pinned_fixed_bytes: 0,
         }
@@ -150,10 +153,7 @@ impl Placement {
         for class in &mut classes {
             class.set_least(model);
         }
-        let parts = model
-            .sections
-            .iter()
-            .map(|s| parts(s.elements, options.chunk_elements));
+        let parts = model.sections.iter().map(|s| parts(s.elements, options));
         let saves = |s: &StageSpec| s.saves.map(|_| Tier::Pinned);
         let count = model.sections.len();
         let mut placement = Self {
@@ -496,6 +496,13 @@ impl Placement {
         self.grad_home[section.0 as usize]
     }
 
+    /// Bytes of optimizer states that live in pinned memory.
+    pub fn pinned_optim_bytes(&self) -> u64 {
+        let parts = self.parts.iter().flatten();
+        let pinned = parts.filter(|p| p.home == Tier::Pinned);
+        pinned.map(|p| 12 * p.elements).sum()
+    }
+
     /// A section's parts, in order.
     pub fn parts(&self, section: SectionId) -> &[Part] {
         &self.parts[section.0 as usize]
@@ -627,16 +634,25 @@ impl Class {
     }
 }
 
-fn parts(elements: u64, chunk: u64) -> Vec<Part> {
-    let count = elements.div_ceil(chunk.max(PART_ALIGN));
-    let size = elements.div_ceil(count).next_multiple_of(PART_ALIGN);
-    (0..count)
-        .map(|i| i * size)
-        .take_while(|first| *first < elements)
-        .map(|first| Part {
-            first,
-            elements: size.min(elements - first),
+fn parts(elements: u64, options: &PlaceOptions) -> Vec<Part> {
+    let chunk = options.chunk_elements.max(PART_ALIGN);
+    let ranks = split(elements, u64::from(options.partitions.max(1)));
+    let parts = ranks.flat_map(|(start, length)| {
+        let parts = split(length, length.div_ceil(chunk));
+        parts.map(move |(first, elements)| Part {
+            first: start + first,
+            elements,
             home: Tier::Disk,
         })
-        .collect()
+    });
+    parts.collect()
+}
+
+/// Cuts `elements` into at most `count` runs of equal, aligned length.
+fn split(elements: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
+    let size = elements.div_ceil(count).next_multiple_of(PART_ALIGN);
+    (0..count)
+        .map(move |i| i * size)
+        .take_while(move |first| *first < elements)
+        .map(move |first| (first, size.min(elements - first)))
 }

@@ -86,12 +86,13 @@ mod trainer;
 
 pub use bytes::{Bytes, BytesError};
 pub use error::{Error, Result};
+pub use forebay_nvme as nvme;
 pub use forebay_prefetch::{Bound, Budgets, Traffic};
 pub use model::{Init, Model, Section, SectionId, Stage, StageId, TensorSpec};
 pub use operation::{Element, HostArgs, HostContext, Operation};
 pub use tensor::{DType, Shape, Tensor, TensorMut};
 pub use trainer::{
     AdamW, Ceilings, DeviceChoice, Finished, Footprint, Frame, HopReport, IoChoice, Options, Pass,
-    Policy, RandomInit, Report, StageLease, Step, TierReport, Trainer, Weights, footprint,
-    requirements, stored_user_text,
+    Policy, Publish, PublishCost, RandomInit, Report, StageLease, Step, TierReport, Trainer,
+    Weights, footprint, requirements, stored_user_text,
 };

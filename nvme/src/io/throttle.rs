@@ -35,6 +35,10 @@ impl Io for ThrottledIo {
         unsafe { self.inner.submit(request) }
     }
 
+    fn start(&mut self) {
+        self.inner.start();
+    }
+
     fn wait(&mut self, completions: &mut Vec<Completion>, timeout: Option<Duration>) {
         let now = Instant::now();
         let due = self

@@ -2,7 +2,13 @@
 
 use std::collections::VecDeque;
 
+use forebay_pinned::Slab;
+
 use super::*;
+use crate::io::{Completion, Io, IoOp, Request};
+use crate::medium::BLOCK;
+
+const REQUEST_BYTES: u64 = 1 << 20;
 
 /// A disk in memory whose next results are scripted: how many bytes, or which errno.
 struct Scripted {
@@ -63,7 +69,7 @@ const BYTES: u64 = 3 * REQUEST_BYTES + 5000;
 
 /// Runs one transfer under a script and gives back the disk, the slab and the result.
 fn transfer(
-    direction: Direction,
+    operation: Operation,
     disk: Vec<u8>,
     fill: u8,
     script: &[i32],
@@ -74,27 +80,25 @@ fn transfer(
     slab.iter_mut()
         .enumerate()
         .for_each(|(i, b)| *b = fill ^ (i % 251) as u8);
-    let shared = Shared {
-        asked: ArrayQueue::new(TRANSFERS),
-        ended: ArrayQueue::new(TRANSFERS),
-        closing: AtomicBool::new(true),
-        counters: Counters::default(),
-        notify: OnceLock::new(),
-    };
+    let shared = Arc::new(Shared::new());
+    shared.closing.store(true, Ordering::Relaxed);
     let target = Target {
         file: 0,
         offset: BLOCK,
         bytes: BYTES,
         seed: 9,
+        start: 0,
     };
     shared
         .asked
         .push(Transfer {
             tag: 4,
-            direction,
+            number: 1,
+            operation,
+            priority: Priority::Normal,
             target,
-            slab,
-            checksum,
+            buffer: Buffer::Slab(slab),
+            expected: (operation == Operation::Read).then_some(checksum),
         })
         .unwrap();
     let io = Scripted {
@@ -104,11 +108,16 @@ fn transfer(
     };
     // Closing is set: it runs until the transfer has ended. The disk comes back through a pointer.
     let disk: Arc<std::sync::Mutex<Vec<u8>>> = Arc::default();
-    Work::new(Box::new(Returning(io, Arc::clone(&disk))), &shared).run();
+    let io = Box::new(Returning(io, Arc::clone(&disk)));
+    let patience = Duration::from_secs(9);
+    Work::new(io, Arc::clone(&shared), Tuning::default(), patience).run();
     let ended = shared.ended.pop().unwrap();
-    assert_eq!((ended.tag, ended.direction), (4, direction));
+    assert_eq!((ended.tag, ended.operation), (4, operation));
+    let Buffer::Slab(slab) = ended.buffer else {
+        panic!("another buffer came back");
+    };
     let disk = std::mem::take(&mut *disk.lock().unwrap());
-    (disk, ended.slab, ended.result)
+    (disk, slab, ended.result)
 }
 
 /// Hands its disk back when it is dropped.
@@ -149,7 +158,7 @@ fn short_and_interrupted_transfers_are_finished() {
         &[5000, 100, 1, 4096, 70_000],
         &[-libc::EINTR, -libc::EAGAIN, 12_288, -libc::EINTR],
     ] {
-        let (disk, slab, written) = transfer(Direction::Write, empty(), 7, script, 0);
+        let (disk, slab, written) = transfer(Operation::Write, empty(), 7, script, 0);
         let checksum = written.unwrap();
         let start = BLOCK as usize;
         assert_eq!(disk[start..start + BYTES as usize], slab[..]);
@@ -162,7 +171,7 @@ fn short_and_interrupted_transfers_are_finished() {
             disk[..start].iter().chain(&disk[end..]).all(|b| *b == 0xee),
             "and no further"
         );
-        let (_, back, read) = transfer(Direction::Read, disk, 0, script, checksum);
+        let (_, back, read) = transfer(Operation::Read, disk, 0, script, checksum);
         assert_eq!(read.unwrap(), checksum);
         assert_eq!(back[..], slab[..]);
     }
@@ -178,8 +187,8 @@ fn a_failed_or_ended_transfer_is_an_error_with_its_place() {
         (&[4096, -libc::ENOSPC], io::ErrorKind::StorageFull),
         (&[8192, 0], io::ErrorKind::UnexpectedEof),
     ] {
-        for direction in [Direction::Write, Direction::Read] {
-            let (.., result) = transfer(direction, empty(), 1, script, 0);
+        for operation in [Operation::Write, Operation::Read] {
+            let (.., result) = transfer(operation, empty(), 1, script, 0);
             let Err(Fault::Io { offset, source }) = result else {
                 panic!("{script:?} passed")
             };
@@ -191,12 +200,12 @@ fn a_failed_or_ended_transfer_is_an_error_with_its_place() {
 
 #[test]
 fn one_flipped_bit_anywhere_is_noticed() {
-    let (disk, _, written) = transfer(Direction::Write, empty(), 3, &[], 0);
+    let (disk, _, written) = transfer(Operation::Write, empty(), 3, &[], 0);
     let checksum = written.unwrap();
     for at in [0, 1, 4095, 4096, REQUEST_BYTES + 17, BYTES - 1] {
         let mut damaged = disk.clone();
         damaged[(BLOCK + at) as usize] ^= 0x10;
-        let (.., result) = transfer(Direction::Read, damaged, 0, &[], checksum);
+        let (.., result) = transfer(Operation::Read, damaged, 0, &[], checksum);
         assert!(matches!(result, Err(Fault::Checksum)), "byte {at}");
     }
 }

@@ -1,35 +1,71 @@
 //! Extents and generations over the I/O.
 
-mod manifest;
-mod places;
+mod catalog;
+mod gather;
+mod map;
+mod open;
+mod publish;
+mod space;
+mod superblock;
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forebay_pinned::{Arena, Slab};
-use twox_hash::XxHash3_64;
 
 use crate::Error;
-use crate::files::{self, BLOCK};
-use crate::io::IoChoice;
+use crate::buffer::Buffer;
+use crate::folders::Folders;
+use crate::io::Tuning;
 use crate::key::{Key, Layout, StateKind};
-use crate::owner::{Direction, Ended, Fault, Owner, TRANSFERS, Target, Transfer};
-use manifest::{Manifest, ManifestExtent};
-use places::{PLACES, Places};
+use crate::medium::{Medium, Volume, padded};
+use crate::owner::{
+    Direction, Ended, Fault, Operation, Owner, Patience, Priority, TRANSFERS, Target, Transfer,
+};
+use crate::profile::Profile;
+use catalog::{Catalog, Extent};
+pub use map::Ledger;
+pub(crate) use map::{Map, MapExtent};
+pub(crate) use open::{Look, copy, look};
+pub use superblock::FORMAT;
+
+/// How many copies of each extent have a place from the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Copies {
+    /// The published version and the next: for a store that publishes while it is used.
+    #[default]
+    Two,
+    /// The published version only if there is one, and the current: for a store that publishes at
+    /// the end or never. A version's place is free once the next one is written.
+    One,
+}
 
 /// How a store is made or opened.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Folders, each on a disk of its own; the first holds the manifest.
+    /// Folders, each on a disk of its own.
     pub paths: Vec<PathBuf>,
-    /// How to do I/O.
-    pub io: IoChoice,
-    /// Slows the disk down to so many bytes per second.
-    pub throttle: Option<u64>,
-    /// Whether steps are to be undone ([`Store::hold`]): costs a third place for each extent.
+    /// How to do I/O; `None`: as the profiles of the disks say (see [`Profile`]).
+    pub tuning: Option<Tuning>,
+    /// What the folders are on.
+    pub medium: Arc<dyn Medium>,
+    /// Whether steps are to be undone ([`Store::hold`]): costs a place more for each extent.
     pub undo: bool,
+    /// Copies of each extent.
+    pub copies: Copies,
+    /// With one copy: extents of each size that are written at once.
+    pub slack: u64,
+    /// Bandwidth of each folder, in any unit: new extents are spread in proportion. Empty: from the
+    /// profiles, or alike.
+    pub rates: Vec<f64>,
+    /// Whether the space of a new store is written once, so that later writes find it real.
+    pub prewrite: bool,
+    /// How long one completion may take before the disk counts as stalled.
+    pub stall: Duration,
+    /// How long closing waits for what is under way.
+    pub close: Duration,
 }
 
 impl Options {
@@ -37,10 +73,50 @@ impl Options {
     pub fn new<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Self {
         Self {
             paths: paths.into_iter().map(Into::into).collect(),
-            io: IoChoice::Auto,
-            throttle: None,
+            tuning: None,
+            medium: Arc::new(Folders),
             undo: false,
+            copies: Copies::Two,
+            slack: 16,
+            rates: Vec::new(),
+            prewrite: true,
+            stall: Duration::from_secs(120),
+            close: Duration::from_secs(30),
         }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience {
+            stall: self.stall,
+            close: self.close,
+        }
+    }
+
+    /// The tuning given, or that of the slowest folder's profile.
+    pub fn tuned(&self) -> Tuning {
+        if let Some(tuning) = self.tuning {
+            return tuning;
+        }
+        if self.medium.simulated() {
+            return Tuning::default();
+        }
+        let profiles = self.paths.iter().filter_map(|p| Profile::of(p));
+        let slowest = profiles.min_by(|a, b| a.read_bytes_per_s.total_cmp(&b.read_bytes_per_s));
+        slowest.map_or_else(Tuning::default, |p| p.tuning())
+    }
+
+    /// With the rates of the folders' profiles, if all have one and none were given.
+    fn with_rates(&self) -> Self {
+        let mut options = self.clone();
+        if options.rates.is_empty() && self.paths.len() > 1 && !self.medium.simulated() {
+            let rates: Option<Vec<f64>> = self
+                .paths
+                .iter()
+                .map(|p| Profile::of(p).map(|p| p.read_bytes_per_s.min(p.write_bytes_per_s)))
+                .collect();
+            options.rates = rates.unwrap_or_default();
+        }
+        options
     }
 }
 
@@ -62,53 +138,44 @@ pub struct Done {
 pub struct Stats {
     /// Bytes read, whole blocks.
     pub read_bytes: u64,
-    /// Bytes written, whole blocks.
+    /// Bytes written, whole blocks, maps and superblocks included.
     pub written_bytes: u64,
+    /// Bytes of states read: what was asked for.
+    pub payload_read_bytes: u64,
+    /// Bytes of states written.
+    pub payload_written_bytes: u64,
     /// Time in which at least one transfer was under way.
     pub busy: Duration,
     /// Bytes of the data files.
     pub file_bytes: u64,
-    /// Bytes written in the store's whole life.
-    pub life_written_bytes: u64,
-}
-
-/// Where a version of a key is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Extent {
-    offset: u64,
-    checksum: u64,
-    generation: u64,
-}
-
-/// A key's versions. Each that is there has a place of its own.
-#[derive(Clone, Copy, Debug, Default)]
-struct Entry {
-    places: Places,
-    current: Option<Extent>,
-    published: Option<Extent>,
-    /// What was current at [`Store::hold`], once it was written over.
-    held: Option<Option<Extent>>,
-    /// What a transfer under way will make current, or reads.
-    under_way: Option<Extent>,
+    /// The same and more over the store's whole life.
+    pub life: Ledger,
 }
 
 /// A store of states on disk. See the crate.
 pub struct Store {
+    // The order of fields is that of their end: I/O first, then the right to the files.
     owner: Owner,
-    files: Vec<File>,
-    /// Held for its lock.
-    _lock: File,
+    volume: Box<dyn Volume>,
     paths: Vec<PathBuf>,
-    layout: Layout,
-    entries: Vec<Entry>,
-    generation: u64,
+    catalog: Catalog,
+    /// Lengths of the files.
+    lens: Vec<u64>,
     meta: String,
-    life_written_before: u64,
-    file_bytes: u64,
-    holding: bool,
+    created: u64,
+    life_before: Ledger,
+    payload_read: u64,
+    payload_written: u64,
+    opened: Instant,
     in_flight: usize,
+    /// Transfers started, and by key the number of its newest.
+    started: u64,
+    numbers: Vec<u64>,
     failed: Option<String>,
 }
+
+/// Tag of the store's own transfers.
+const OWN: u32 = u32::MAX;
 
 impl Store {
     /// Makes a new store. Space for all of it is reserved before this returns.
@@ -116,111 +183,34 @@ impl Store {
     /// # Errors
     /// [`Error::Folder`], [`Error::Exists`], [`Error::Locked`], [`Error::Space`].
     pub fn create(arena: &Arena, layout: &Layout, options: &Options) -> Result<Self, Error> {
-        let (first, lock) = take_folders(options)?;
-        if files::read_manifest(&first)?.is_some() {
-            return Err(Error::Exists { path: first });
-        }
-        Self::assemble(arena, layout, options, lock, None)
+        open::create(arena, layout, options)
     }
 
-    /// Opens the published generation of a store.
+    /// Opens the published generation of a store. The folders may have other names and another
+    /// order than when it was made.
     ///
     /// # Errors
-    /// [`Error::NoGeneration`], [`Error::Manifest`], [`Error::OtherModel`], and those of
-    /// [`Store::create`].
+    /// [`Error::NoGeneration`], [`Error::Damaged`], [`Error::Format`], [`Error::Folders`],
+    /// [`Error::OtherModel`], and those of [`Store::create`].
     pub fn open(arena: &Arena, layout: &Layout, options: &Options) -> Result<Self, Error> {
-        let (first, lock) = take_folders(options)?;
-        let text = files::read_manifest(&first)?.ok_or_else(|| Error::NoGeneration {
-            path: first.clone(),
-        })?;
-        let manifest = Manifest::parse(&first, &text)?;
-        if manifest.fingerprint != layout.fingerprint {
-            return Err(Error::OtherModel {
-                path: first,
-                expected: layout.model.clone(),
-                found: manifest.model,
-            });
-        }
-        if manifest.paths != options.paths.len() {
-            let what = format!(
-                "the store is spread over {} folders and {} were given",
-                manifest.paths,
-                options.paths.len()
-            );
-            return Err(Error::Manifest { path: first, what });
-        }
-        Self::assemble(arena, layout, options, lock, Some(manifest))
+        open::open(arena, layout, options)
     }
 
     /// The number and the user's part of the published generation in a folder, without opening
     /// the store.
     ///
     /// # Errors
-    /// [`Error::Folder`], [`Error::NoGeneration`], [`Error::Manifest`].
-    pub fn peek(path: &Path) -> Result<(u64, String), Error> {
-        let text = files::read_manifest(path)?.ok_or_else(|| Error::NoGeneration {
-            path: path.to_owned(),
-        })?;
-        let manifest = Manifest::parse(path, &text)?;
-        Ok((manifest.generation, manifest.meta))
+    /// [`Error::Folder`], [`Error::NoGeneration`], [`Error::Damaged`], [`Error::Format`].
+    pub fn peek(path: &Path, medium: &dyn Medium) -> Result<(u64, String), Error> {
+        let look = look(&[path.to_owned()], medium)?;
+        Ok((look.map.generation, look.map.meta))
     }
 
-    fn assemble(
-        arena: &Arena,
-        layout: &Layout,
-        options: &Options,
-        lock: File,
-        manifest: Option<Manifest>,
-    ) -> Result<Self, Error> {
-        let published = manifest.as_ref().map_or(&[][..], |m| &m.extents);
-        let (places, sizes) = places::assign(layout, published, options.paths.len(), options.undo);
-        let data = open_files(&options.paths, &sizes, manifest.is_none())?;
-        let entries = places
-            .iter()
-            .zip(&layout.extents)
-            .map(|(places, (key, bytes, _))| {
-                let extent = published
-                    .iter()
-                    .find(|e| e.key == *key && e.bytes == *bytes);
-                let extent = extent.map(|e| Extent {
-                    offset: e.offset,
-                    checksum: e.checksum,
-                    generation: e.generation,
-                });
-                Entry {
-                    places: *places,
-                    current: extent,
-                    published: extent,
-                    ..Entry::default()
-                }
-            });
-        let clones: std::io::Result<Vec<File>> = data.iter().map(File::try_clone).collect();
-        let started = clones
-            .and_then(|files| Owner::start(arena, files, options.io, options.throttle))
-            .map_err(|source| Error::Folder {
-                path: options.paths[0].clone(),
-                source,
-            });
-        Ok(Self {
-            owner: started?,
-            files: data,
-            _lock: lock,
-            paths: options.paths.clone(),
-            layout: layout.clone(),
-            entries: entries.collect(),
-            generation: manifest.as_ref().map_or(0, |m| m.generation),
-            life_written_before: manifest.as_ref().map_or(0, |m| m.written_bytes),
-            meta: manifest.map_or_else(String::new, |m| m.meta),
-            file_bytes: sizes.iter().sum(),
-            holding: false,
-            in_flight: 0,
-            failed: None,
-        })
-    }
-
-    /// Bytes that a store of this layout takes on disk, all folders together.
-    pub fn space(layout: &Layout, undo: bool) -> u64 {
-        places::assign(layout, &[], 1, undo).1.iter().sum()
+    /// Bytes that a new store of this layout takes on disk, all folders together.
+    pub fn space(layout: &Layout, options: &Options) -> u64 {
+        let files = options.paths.len().max(1);
+        let catalog = Catalog::new(0, layout, None, files, options);
+        (0..files).map(|file| catalog.end(file)).sum()
     }
 
     /// Has `notify` called, on another thread, after transfers ended. Once.
@@ -230,9 +220,8 @@ impl Store {
 
     /// Whether a version of the key is there to be read.
     pub fn contains(&self, key: Key) -> bool {
-        self.layout
-            .find(key)
-            .is_some_and(|i| self.entries[i].current.is_some())
+        let found = self.catalog.layout.find(key);
+        found.is_some_and(|i| self.catalog.entries[i].current.is_some())
     }
 
     /// Whether another transfer may start.
@@ -247,12 +236,26 @@ impl Store {
     /// way, or [`Store::can_start`] says no.
     pub fn read(&mut self, key: Key, slab: Slab) -> Result<(), Error> {
         let index = self.check(key, &slab)?;
-        let Some(extent) = self.entries[index].current else {
+        let Some((target, checksum)) = self.catalog.begin_read(index) else {
             return Err(Error::Missing {
-                what: self.layout.describe(key),
+                what: self.catalog.layout.describe(key),
             });
         };
-        self.start(index, Direction::Read, extent, slab);
+        let priority = match key.state {
+            StateKind::Param => Priority::Urgent,
+            _ => Priority::Normal,
+        };
+        self.in_flight += 1;
+        let number = self.number(index);
+        self.owner.ask(Transfer {
+            tag: index as u32,
+            number,
+            operation: Operation::Read,
+            priority,
+            target,
+            buffer: Buffer::Slab(slab),
+            expected: Some(checksum),
+        });
         Ok(())
     }
 
@@ -260,52 +263,70 @@ impl Store {
     /// that neither the published generation nor what is held uses.
     ///
     /// # Errors
-    /// [`Error::Misuse`] as for [`Store::read`].
+    /// [`Error::Misuse`] as for [`Store::read`]; [`Error::Space`] if the store has to grow and cannot.
     pub fn write(&mut self, key: Key, slab: Slab) -> Result<(), Error> {
+        let priority = match key.state {
+            StateKind::Grad => Priority::Spill,
+            _ => Priority::Normal,
+        };
+        self.write_with(key, slab, priority)
+    }
+
+    /// [`Store::write`] at a priority of the caller's.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_with(&mut self, key: Key, slab: Slab, priority: Priority) -> Result<(), Error> {
         let index = self.check(key, &slab)?;
-        let holding = self.holding && key.state != StateKind::Grad;
-        let entry = &mut self.entries[index];
-        if holding && entry.held.is_none() {
-            entry.held = Some(entry.current);
+        let target = self.catalog.begin_write(index);
+        if let Err(error) = self.grow() {
+            self.catalog.undo_write(index);
+            return Err(error);
         }
-        let keep = [entry.published, entry.held.flatten()];
-        let taken = |offset: u64| keep.iter().flatten().any(|e| e.offset == offset);
-        let place = entry.places.offsets.iter().flatten().find(|o| !taken(**o));
-        let Some(offset) = place.copied() else {
-            let what = format!(
-                "no place to write {}; open it with undo",
-                self.layout.describe(key)
-            );
-            return Err(Error::Misuse(what));
-        };
-        if entry.current.is_some_and(|e| e.offset == offset) {
-            // Half written it is neither the old version nor the new one.
-            entry.current = None;
-        }
-        let extent = Extent {
-            offset,
-            checksum: 0,
-            generation: self.generation + 1,
-        };
-        self.start(index, Direction::Write, extent, slab);
+        self.in_flight += 1;
+        let number = self.number(index);
+        self.owner.ask(Transfer {
+            tag: index as u32,
+            number,
+            operation: Operation::Write,
+            priority,
+            target,
+            buffer: Buffer::Slab(slab),
+            expected: None,
+        });
         Ok(())
     }
 
+    /// Gives a transfer under way up. It still ends, with [`Error::Cancelled`] unless it was too
+    /// late, and only then is its slab free: the disk may write there until then.
+    pub fn cancel(&mut self, key: Key) {
+        if let Some(index) = self.catalog.layout.find(key)
+            && self.catalog.entries[index].under_way.is_some()
+        {
+            self.owner.cancel(self.numbers[index]);
+        }
+    }
+
+    fn number(&mut self, index: usize) -> u64 {
+        self.started += 1;
+        self.numbers[index] = self.started;
+        self.started
+    }
+
     fn check(&self, key: Key, slab: &Slab) -> Result<usize, Error> {
+        self.health()?;
         let misuse = |what: &str| {
-            Err(Error::Misuse(format!(
-                "{}: {what}",
-                self.layout.describe(key)
-            )))
+            let name = self.catalog.layout.describe(key);
+            Err(Error::Misuse(format!("{name}: {what}")))
         };
-        let Some(index) = self.layout.find(key) else {
+        let Some(index) = self.catalog.layout.find(key) else {
             return misuse("not in the layout");
         };
-        let bytes = self.layout.extents[index].1;
-        if (slab.len() as u64) < bytes || slab.padded_len() < bytes.next_multiple_of(BLOCK) {
+        let bytes = self.catalog.layout.bytes(index);
+        if (slab.len() as u64) < bytes || slab.padded_len() < padded(bytes) {
             return misuse("the slab is smaller than the extent");
         }
-        if self.entries[index].under_way.is_some() {
+        if self.catalog.entries[index].under_way.is_some() {
             return misuse("a transfer of it is under way");
         }
         if !self.can_start() {
@@ -314,51 +335,51 @@ impl Store {
         Ok(index)
     }
 
-    fn start(&mut self, index: usize, direction: Direction, extent: Extent, slab: Slab) {
-        let (key, bytes, _) = self.layout.extents[index];
-        let entry = &mut self.entries[index];
-        entry.under_way = Some(extent);
-        let file = entry.places.file;
-        let seed = seed(key, file, &extent);
-        let target = Target {
-            file,
-            offset: extent.offset,
-            bytes,
-            seed,
-        };
-        let checksum = extent.checksum;
-        self.in_flight += 1;
-        self.owner.ask(Transfer {
-            tag: index as u32,
-            direction,
-            target,
-            slab,
-            checksum,
-        });
+    /// Makes the files as long as the catalog wants them.
+    fn grow(&mut self) -> Result<(), Error> {
+        for file in 0..self.lens.len() {
+            let end = self.catalog.end(file);
+            if end > self.lens[file] {
+                self.volume.reserve(file, end)?;
+                self.lens[file] = end;
+            }
+        }
+        Ok(())
     }
 
     /// A transfer that has ended, if one has. Neither waits nor allocates.
     pub fn try_next(&mut self) -> Option<Done> {
         let Ended {
             tag,
-            direction,
-            slab,
+            operation,
+            buffer,
             result,
         } = self.owner.next()?;
         self.in_flight -= 1;
         let index = tag as usize;
-        let key = self.layout.extents[index].0;
-        let entry = &mut self.entries[index];
-        let extent = entry.under_way.take();
-        let result = match (result, extent) {
-            (Ok(checksum), Some(extent)) => {
-                if direction == Direction::Write {
-                    entry.current = Some(Extent { checksum, ..extent });
-                }
+        let key = self.catalog.layout.items[index].key;
+        let bytes = self.catalog.layout.bytes(index);
+        let extent = self.catalog.entries[index].under_way;
+        let direction = if operation == Operation::Write {
+            self.catalog.end_write(index, result.as_ref().ok().copied());
+            Direction::Write
+        } else {
+            self.catalog.end_read(index);
+            Direction::Read
+        };
+        let result = match (result, direction) {
+            (Ok(_), Direction::Write) => {
+                self.payload_written += bytes;
                 Ok(())
             }
-            (Err(fault), extent) => Err(self.fault(index, direction, extent, fault)),
-            (Ok(_), None) => Ok(()),
+            (Ok(_), Direction::Read) => {
+                self.payload_read += bytes;
+                Ok(())
+            }
+            (Err(fault), _) => Err(self.fault(index, direction, extent, fault)),
+        };
+        let Buffer::Slab(slab) = buffer else {
+            unreachable!("only slabs carry the tag of a key");
         };
         Some(Done {
             key,
@@ -369,15 +390,18 @@ impl Store {
     }
 
     fn fault(
-        &mut self,
+        &self,
         index: usize,
         direction: Direction,
         extent: Option<Extent>,
         fault: Fault,
     ) -> Error {
-        let what = self.layout.describe(self.layout.extents[index].0);
-        let file = self.entries[index].places.file as usize;
-        let path = files::data_path(&self.paths[file], file);
+        let what = self
+            .catalog
+            .layout
+            .describe(self.catalog.layout.items[index].key);
+        let path = self.volume.path(self.catalog.entries[index].file as usize);
+        let path = path.to_owned();
         match fault {
             Fault::Checksum => {
                 let (offset, generation) = extent.map_or((0, 0), |e| (e.offset, e.generation));
@@ -388,26 +412,40 @@ impl Store {
                     generation,
                 }
             }
-            Fault::Io { offset, source } => {
-                let operation = match direction {
+            Fault::Io { offset, source } => Error::Io {
+                operation: match direction {
                     Direction::Read => "reading",
                     Direction::Write => "writing",
-                };
-                Error::Io {
-                    operation,
-                    what,
-                    path,
-                    offset,
-                    source,
-                }
-            }
+                },
+                what,
+                path,
+                offset,
+                source,
+            },
+            Fault::Cancelled => Error::Cancelled { what },
         }
+    }
+
+    /// Whether the disk still answers.
+    ///
+    /// # Errors
+    /// [`Error::Stalled`], for good.
+    pub fn health(&self) -> Result<(), Error> {
+        let Some(stall) = self.owner.stalled() else {
+            return Ok(());
+        };
+        let item = self.catalog.layout.items.get(stall.tag as usize);
+        Err(Error::Stalled {
+            why: stall.why,
+            requests: stall.requests,
+            what: item.map_or("the map".into(), |i| crate::key::describe(i.key, &i.name)),
+        })
     }
 
     /// Waits for a transfer to end.
     ///
     /// # Errors
-    /// [`Error::Misuse`] if none is under way; the transfer's own failure.
+    /// [`Error::Misuse`] if none is under way; the transfer's own failure; [`Error::Stalled`].
     pub fn wait(&mut self) -> Result<Done, Error> {
         loop {
             if let Some(mut done) = self.try_next() {
@@ -419,100 +457,35 @@ impl Store {
                     "waited for a transfer and none is under way".into(),
                 ));
             }
+            self.health()?;
             std::thread::sleep(Duration::from_micros(50));
         }
     }
 
+    /// One of the store's own transfers, with nothing else under way.
+    fn own(
+        &mut self,
+        operation: Operation,
+        target: Target,
+        buffer: crate::buffer::Blocks,
+    ) -> Result<(crate::buffer::Blocks, u64), Error> {
+        let volume = &*self.volume;
+        open::own(&mut self.owner, volume, operation, target, buffer)
+    }
+
     /// From here to [`Store::commit`], writes keep what is current now.
     pub fn hold(&mut self) {
-        self.holding = true;
+        self.catalog.hold();
     }
 
     /// What was written since [`Store::hold`] stays.
     pub fn commit(&mut self) {
-        self.holding = false;
-        self.entries.iter_mut().for_each(|e| e.held = None);
+        self.catalog.commit();
     }
 
     /// What was current at [`Store::hold`] is current again. No transfer may be under way.
     pub fn rollback(&mut self) {
-        self.holding = false;
-        for entry in &mut self.entries {
-            if let Some(held) = entry.held.take() {
-                entry.current = held;
-            }
-        }
-    }
-
-    /// Makes all current versions, and `meta`, the published generation: durable, and what a
-    /// crash from here on falls back to. Returns its number.
-    ///
-    /// # Errors
-    /// [`Error::Misuse`] while transfers are under way; [`Error::Io`] if anything cannot be made
-    /// durable, after which nothing more is published ([`Error::Failed`]): a second fsync may
-    /// report success for data that the first one lost.
-    pub fn publish(&mut self, meta: &str) -> Result<u64, Error> {
-        if let Some(why) = &self.failed {
-            return Err(Error::Failed(why.clone()));
-        }
-        if self.in_flight > 0 {
-            return Err(Error::Misuse(
-                "publish while transfers are under way".into(),
-            ));
-        }
-        let manifest = self.manifest(meta);
-        let result = self.make_durable(&manifest);
-        if let Err(error) = &result {
-            self.failed = Some(error.to_string());
-        }
-        result?;
-        self.generation = manifest.generation;
-        meta.clone_into(&mut self.meta);
-        for (entry, (key, ..)) in self.entries.iter_mut().zip(&self.layout.extents) {
-            entry.published = entry.current.filter(|_| key.state != StateKind::Grad);
-        }
-        Ok(self.generation)
-    }
-
-    fn manifest(&self, meta: &str) -> Manifest {
-        let all = self.entries.iter().zip(&self.layout.extents);
-        let durable = all.filter(|(_, (key, ..))| key.state != StateKind::Grad);
-        let extents = durable.filter_map(|(entry, (key, bytes, _))| {
-            entry.current.map(|extent| ManifestExtent {
-                key: *key,
-                file: entry.places.file,
-                offset: extent.offset,
-                bytes: *bytes,
-                checksum: extent.checksum,
-                generation: extent.generation,
-            })
-        });
-        Manifest {
-            generation: self.generation + 1,
-            model: self.layout.model.clone(),
-            fingerprint: self.layout.fingerprint,
-            paths: self.paths.len(),
-            extents: extents.collect(),
-            written_bytes: self.stats().life_written_bytes,
-            meta: meta.to_owned(),
-        }
-    }
-
-    fn make_durable(&self, manifest: &Manifest) -> Result<(), Error> {
-        let failed = |path: PathBuf, source| Error::Io {
-            operation: "syncing",
-            what: format!("generation {}", manifest.generation),
-            path,
-            offset: 0,
-            source,
-        };
-        for (index, file) in self.files.iter().enumerate() {
-            let path = || files::data_path(&self.paths[index], index);
-            file.sync_data().map_err(|source| failed(path(), source))?;
-        }
-        let path = &self.paths[0];
-        files::publish_manifest(path, &manifest.to_text())
-            .map_err(|source| failed(path.join(files::MANIFEST), source))
+        self.catalog.rollback();
     }
 
     /// The user's part of the published generation.
@@ -522,7 +495,7 @@ impl Store {
 
     /// The number of the published generation; 0 before the first.
     pub fn generation(&self) -> u64 {
-        self.generation
+        self.catalog.generation
     }
 
     /// The first folder.
@@ -538,78 +511,29 @@ impl Store {
     /// What it has done.
     pub fn stats(&self) -> Stats {
         let counters = self.owner.counters();
+        let read_bytes = counters.read_bytes.load(Ordering::Relaxed);
         let written_bytes = counters.written_bytes.load(Ordering::Relaxed);
+        let before = &self.life_before;
         Stats {
-            read_bytes: counters.read_bytes.load(Ordering::Relaxed),
+            read_bytes,
             written_bytes,
+            payload_read_bytes: self.payload_read,
+            payload_written_bytes: self.payload_written,
             busy: Duration::from_nanos(counters.busy_ns.load(Ordering::Relaxed)),
-            file_bytes: self.file_bytes,
-            life_written_bytes: self.life_written_before + written_bytes,
+            file_bytes: self.lens.iter().sum(),
+            life: Ledger {
+                read_bytes: before.read_bytes + read_bytes,
+                written_bytes: before.written_bytes + written_bytes,
+                payload_written_bytes: before.payload_written_bytes + self.payload_written,
+                open_s: before.open_s + self.opened.elapsed().as_secs_f64(),
+            },
         }
     }
 }
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "Store in {} at generation {}",
-            self.path().display(),
-            self.generation
-        )
+        let (path, generation) = (self.path().display(), self.generation());
+        write!(f, "Store in {path} at generation {generation}")
     }
 }
-
-/// Mixes what makes an extent its own into the checksum's seed: data of another key, place or
-/// generation does not match.
-fn seed(key: Key, file: u32, extent: &Extent) -> u64 {
-    let mut bytes = [0u8; 32];
-    let fields = [key.section, key.state as u32, key.part, file];
-    for (place, field) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(fields) {
-        *place = field.to_le_bytes();
-    }
-    bytes[16..24].copy_from_slice(&extent.offset.to_le_bytes());
-    bytes[24..].copy_from_slice(&extent.generation.to_le_bytes());
-    XxHash3_64::oneshot(&bytes)
-}
-
-/// Checks the folders and locks the first.
-fn take_folders(options: &Options) -> Result<(PathBuf, File), Error> {
-    for path in &options.paths {
-        let folder = |source| Error::Folder {
-            path: path.clone(),
-            source,
-        };
-        let kind = std::fs::metadata(path).map_err(folder)?;
-        if !kind.is_dir() {
-            return Err(folder(std::io::ErrorKind::NotADirectory.into()));
-        }
-    }
-    let Some(first) = options.paths.first() else {
-        return Err(Error::Misuse("a store needs at least one folder".into()));
-    };
-    Ok((first.clone(), files::lock(first)?))
-}
-
-fn open_files(paths: &[PathBuf], sizes: &[u64], create: bool) -> Result<Vec<File>, Error> {
-    let mut open = Vec::new();
-    for (index, (path, bytes)) in paths.iter().zip(sizes).enumerate() {
-        let full = files::data_path(path, index);
-        let before = std::fs::metadata(&full).map_or(0, |m| m.len());
-        let needed = bytes.saturating_sub(before);
-        let free = files::free_bytes(path)?;
-        if needed > free {
-            return Err(Error::Space {
-                path: path.clone(),
-                needed,
-                free,
-            });
-        }
-        let file = files::open_data(&full, create)?;
-        files::reserve(&file, &full, *bytes)?;
-        open.push(file);
-    }
-    Ok(open)
-}
-
-const _: () = assert!(PLACES >= 3, "published, held and current");

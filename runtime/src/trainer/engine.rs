@@ -14,6 +14,7 @@ use forebay_pinned::Arena;
 use forebay_prefetch::{Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
 
 use super::dry::Pass;
+use super::options::Publish;
 use super::places::{Places, SlabPlace};
 use super::telemetry::Telemetry;
 use super::update::{self, Optimizer, Run, StepScalars};
@@ -63,6 +64,7 @@ pub(super) struct Parts {
     pub(super) notifier: Arc<Notifier>,
     pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
+    pub(super) publish: Publish,
 }
 
 /// See the module. The order of fields is the order of their end: first everything that may touch
@@ -87,6 +89,7 @@ pub(crate) struct Engine {
     pub(super) open: [OpenStep; 2],
     pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
+    pub(super) publish: Publish,
     /// Steps that were applied and not skipped: the count of the bias corrections.
     pub(super) applied: u64,
     /// Training steps begun.
@@ -139,6 +142,7 @@ impl Engine {
             open: [OpenStep::default(); 2],
             adam: parts.adam,
             clip: parts.clip,
+            publish: parts.publish,
             applied: 0,
             steps: 0,
             last_norm: 0.0,
@@ -253,6 +257,7 @@ impl Engine {
                 index += 1;
             }
         }
+        self.store.health()?;
         while let Some(done) = self.store.try_next() {
             moved = true;
             let index = self.moving.iter().position(|m| m.key == done.key);

@@ -15,15 +15,15 @@ mod update;
 mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
-pub use options::{AdamW, DeviceChoice, IoChoice, Options, Policy};
-pub use report::{Ceilings, HopReport, Report, TierReport};
+pub use options::{AdamW, DeviceChoice, IoChoice, Options, Policy, Publish};
+pub use report::{Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
 pub use weights::{RandomInit, Weights};
 
 use std::sync::Arc;
 
 use forebay_kernels::cpu::{Isa, Workers};
-use forebay_nvme::{Layout, StateKind, Store};
+use forebay_nvme::{Copies, Item, Layout, Shape, StateKind, Store};
 use forebay_pinned::{Arena, Lock};
 use forebay_prefetch as order;
 use forebay_prefetch::{GradHome, Placement, Plan, SectionId, Tier, Timing};
@@ -55,6 +55,7 @@ pub struct Trainer {
     budgets: order::Budgets,
     user: String,
     lock: Lock,
+    publish: PublishCost,
 }
 
 /// The trainer's own part of a generation.
@@ -93,6 +94,11 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::create`]; no generation there, another model's, or a damaged one.
     pub fn resume(model: Model, footprint: Footprint, options: &Options) -> Result<Self> {
+        if options.publish == Publish::Never {
+            let what = "a resumed run that never publishes would write over the generation that it \
+                        resumes; publish at the end, or resume a snapshot";
+            return Err(Error::Misuse(what.to_owned()));
+        }
         let mut trainer = Self::open(model, footprint, options, true)?;
         let store = &trainer.engine.store;
         let meta: Meta = serde_json::from_str(store.meta()).map_err(|e| Error::Generation {
@@ -113,15 +119,11 @@ impl Trainer {
         let order_model = model.order(DType::F32);
         let budgets = budgets(options)?;
         let placement = place(&order_model, footprint, options, budgets)?;
-        let store_layout = layout(&model, &order_model, &placement);
+        let (store_layout, store_options) = disk(&model, &order_model, &placement, options);
         let notifier = Arc::new(Notifier::default());
         let device = HostDevice::new(placement.device_bytes(), options.threads, &notifier)?;
         let arena = Arena::new(placement.pinned_bytes())?;
         let places = Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
-        let mut store_options = forebay_nvme::Options::new(options.disk.iter());
-        store_options.io = options.io;
-        store_options.throttle = options.disk_throttle;
-        store_options.undo = options.clip.is_none();
         let open = if resume { Store::open } else { Store::create };
         let store = open(&arena, &store_layout, &store_options)?;
         let workers = Workers::new(options.threads, "fb-adam")
@@ -131,6 +133,17 @@ impl Trainer {
         let model = Arc::new(model);
         let scratch = Scratch::new(places.scratch);
         let lock = arena.lock().clone();
+        let cost = PublishCost {
+            space: [Publish::Often, Publish::End, Publish::Never].map(|publish| {
+                let options = Options {
+                    publish,
+                    ..options.clone()
+                };
+                let (layout, options) = disk(&model, &order_model, &placement, &options);
+                Store::space(&layout, &options)
+            }),
+            bytes: placement.pinned_optim_bytes(),
+        };
         let engine = Engine::new(Parts {
             train: Plan::training(&order_model, &placement)?,
             eval: Plan::evaluation(&order_model, &placement)?,
@@ -142,6 +155,7 @@ impl Trainer {
             device: Box::new(device),
             adam: options.optimizer,
             clip: options.clip,
+            publish: options.publish,
             placement,
             store,
             arena,
@@ -156,6 +170,7 @@ impl Trainer {
             budgets,
             user: String::new(),
             lock,
+            publish: cost,
         })
     }
 
@@ -203,8 +218,13 @@ impl Trainer {
     /// data position). Returns its number.
     ///
     /// # Errors
-    /// The disk's failure; the generation before stands then.
+    /// The disk's failure; the generation before stands then. [`Error::Misuse`] under
+    /// [`Publish::Never`].
     pub fn publish(&mut self, user: &str) -> Result<u64> {
+        if self.engine.publish == Publish::Never {
+            let what = "this run was opened never to publish; open it with another Publish";
+            return Err(Error::Misuse(what.to_owned()));
+        }
         self.settle()?;
         let Engine { steps, applied, .. } = self.engine;
         let meta = Meta {
@@ -231,6 +251,11 @@ impl Trainer {
     /// Steps skipped because a gradient was not finite.
     pub fn skipped(&self) -> u64 {
         self.engine.skipped
+    }
+
+    /// The number of the published generation; 0 before the first.
+    pub fn generation(&self) -> u64 {
+        self.engine.store.generation()
     }
 
     /// The user's text in the opened or last published generation.
@@ -279,7 +304,7 @@ pub fn requirements(
 /// # Errors
 /// No generation there, or a damaged one.
 pub fn stored_user_text(path: &std::path::Path) -> Result<String> {
-    let (generation, meta) = forebay_nvme::Store::peek(path)?;
+    let (generation, meta) = Store::peek(path, &forebay_nvme::Folders)?;
     let meta: Meta = serde_json::from_str(&meta).map_err(|e| Error::Generation {
         generation,
         path: path.to_owned(),
@@ -316,6 +341,7 @@ fn place(
             .optimizer_chunk
             .unwrap_or_else(|| chunk(elements().sum()))
             .min(largest),
+        partitions: options.partitions,
         scratch_bytes: footprint.scratch_bytes,
         pinned_fixed_bytes: places::fixed_bytes(footprint),
     };
@@ -329,22 +355,58 @@ fn chunk(elements: u64) -> u64 {
     (elements / 128).clamp(64 << 10, 4 << 20)
 }
 
-/// Everything that the store may hold under a placement.
-fn layout(model: &Model, order_model: &order::Model, placement: &Placement) -> Layout {
-    let mut extents = Vec::new();
+/// Everything that the store may hold under a placement, and how it is to hold it.
+fn disk(
+    model: &Model,
+    order_model: &order::Model,
+    placement: &Placement,
+    options: &Options,
+) -> (Layout, forebay_nvme::Options) {
+    let mut items = Vec::new();
     for (id, section) in (0..).map(SectionId).zip(&order_model.sections) {
-        let mut add = |state, part, bytes| {
-            extents.push((key(id, state, part), bytes, section.name.clone()));
+        let mut add = |state, part, first, elements, components| {
+            items.push(Item {
+                key: key(id, state, part),
+                shape: Shape {
+                    first,
+                    elements,
+                    components,
+                    element_bytes: 4,
+                },
+                name: section.name.clone(),
+            });
         };
         for (index, part) in (0..).zip(placement.parts(id)) {
-            add(StateKind::Optim, index, 12 * part.elements);
+            // What lives in pinned memory goes to disk with a generation only.
+            if part.home == Tier::Disk || options.publish != Publish::Never {
+                add(StateKind::Optim, index, part.first, part.elements, 3);
+            }
         }
+        let elements = section.param_bytes / 4;
         if placement.param_home(id) == Tier::Disk {
-            add(StateKind::Param, 0, section.param_bytes);
+            add(StateKind::Param, 0, 0, elements, 1);
         }
         if placement.grad_home(id) == GradHome::Disk {
-            add(StateKind::Grad, 0, section.param_bytes);
+            add(StateKind::Grad, 0, 0, elements, 1);
         }
     }
-    Layout::new(&model.name, model.fingerprint(), extents)
+    let layout = Layout::new(&model.name, model.fingerprint(), items);
+    let mut store = forebay_nvme::Options::new(options.disk.iter());
+    store.medium = Arc::clone(&options.medium);
+    let mut tuning = store.tuned();
+    if options.io != IoChoice::Auto {
+        tuning.io = options.io;
+    }
+    tuning.throttle = options.disk_throttle;
+    store.tuning = Some(tuning);
+    store.undo = options.clip.is_none();
+    store.copies = match options.publish {
+        Publish::Often => Copies::Two,
+        Publish::End | Publish::Never => Copies::One,
+    };
+    // As many writes are under way as there are slabs to write from.
+    let pools = placement.pools();
+    let slabs = pools.iter().map(|pool| pool.buffers);
+    store.slack = slabs.max().unwrap_or(1);
+    (layout, store)
 }

@@ -1,9 +1,11 @@
 //! How a trainer is opened.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub use forebay_kernels::cpu::AdamW;
 pub use forebay_nvme::IoChoice;
+use forebay_nvme::medium::Medium;
 pub use forebay_prefetch::Policy;
 
 use crate::error::{Error, Result};
@@ -46,6 +48,20 @@ impl std::str::FromStr for DeviceChoice {
     }
 }
 
+/// How often [`Trainer::publish`](crate::Trainer::publish) will be called: what the disk must keep for
+/// it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Publish {
+    /// At any time: the disk holds each state twice, the published version and the next.
+    #[default]
+    Often,
+    /// Once, at the end: a new store holds each state once (a resumed one keeps what it resumed).
+    /// Until then a crash leaves what there was before the run.
+    End,
+    /// Never: the disk is swap, each state on it held once. Nothing survives the run.
+    Never,
+}
+
 /// What a trainer may use and how it updates. Start from [`Options::new`].
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -70,9 +86,14 @@ pub struct Options {
     /// The largest global norm of a step's gradient; larger ones are scaled down to it. With
     /// `None`, sections whose states are on disk are updated before the backward pass has ended.
     pub clip: Option<f64>,
-    /// Most elements updated in one piece; `None`: a 128th of the model, from 64 Ki to 4 Mi. A store
-    /// opens only under the value that it was made with.
+    /// Most elements updated in one piece; `None`: a 128th of the model, from 64 Ki to 4 Mi.
     pub optimizer_chunk: Option<u64>,
+    /// Ranks that every section's optimizer states are split over. One process still holds them all.
+    pub partitions: u32,
+    /// How often generations will be published.
+    pub publish: Publish,
+    /// What the disk's folders are on: real ones, or a simulated disk.
+    pub medium: Arc<dyn Medium>,
     /// How the disk is driven.
     pub io: IoChoice,
     /// Slows the disk down to this many bytes per second, for experiments and tests.
@@ -100,6 +121,9 @@ impl Options {
             },
             clip: Some(1.0),
             optimizer_chunk: None,
+            partitions: 1,
+            publish: Publish::Often,
+            medium: Arc::new(forebay_nvme::Folders),
             io: IoChoice::Auto,
             disk_throttle: None,
         }

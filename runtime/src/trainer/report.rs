@@ -25,14 +25,16 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
-    /// Measures them, in about a second, with 64 MiB of disk and 80 MiB of memory that are given
+    /// Measures them, in about a second, with up to 64 MiB of disk and 80 MiB of memory that are given
     /// back.
     ///
     /// # Errors
     /// A disk folder that cannot be used; threads refused.
     pub fn measure(disk: &Path, threads: usize) -> Result<Self> {
         let copy = copy_rate();
-        let disk = forebay_nvme::probe::disk(disk, 64 << 20)?;
+        // On a full disk a smaller piece has to do: whether the store fits is said by the store.
+        let free = forebay_nvme::probe::free_bytes(disk)?;
+        let disk = forebay_nvme::probe::disk(disk, (free / 4).min(64 << 20))?;
         Ok(Self {
             h2d: copy,
             d2h: copy,
@@ -110,9 +112,21 @@ pub struct HopReport {
     pub busy_s: f64,
 }
 
+/// What publishing costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PublishCost {
+    /// Bytes on disk of a new store that publishes often, at the end, or never.
+    pub space: [u64; 3],
+    /// Bytes written for each generation, beside its map: states that live in pinned memory. Those on
+    /// disk are part of it where they are.
+    pub bytes: u64,
+}
+
 /// What a run used and did.
 #[derive(Clone, Debug)]
 pub struct Report {
+    /// What publishing costs.
+    pub publish: PublishCost,
     /// The device.
     pub device: String,
     /// How the disk is driven.
@@ -133,8 +147,8 @@ pub struct Report {
     pub traffic: Traffic,
     /// Mean seconds of compute, by stage.
     pub stage_s: Vec<f64>,
-    /// Bytes written to disk in the store's life.
-    pub life_written_bytes: u64,
+    /// Bytes that the disk was asked for and did, since the store was opened and in its life.
+    pub disk_stats: forebay_nvme::Stats,
     plan: std::sync::Arc<forebay_prefetch::Plan>,
 }
 
@@ -174,6 +188,7 @@ pub(super) fn report(trainer: &Trainer) -> Report {
     times.sort_by(f64::total_cmp);
     let steps = telemetry.steps.max(1) as f64;
     Report {
+        publish: trainer.publish,
         device: engine.device.name(),
         disk: engine.store.describe().to_owned(),
         lock: trainer.lock.to_string(),
@@ -197,7 +212,7 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         waited_s: telemetry.waited.as_secs_f64(),
         traffic: Traffic::of(engine.plan()),
         stage_s: telemetry.stage_seconds.iter().map(|s| s / steps).collect(),
-        life_written_bytes: stats.life_written_bytes,
+        disk_stats: stats,
         plan: std::sync::Arc::clone(engine.plan()),
     }
 }

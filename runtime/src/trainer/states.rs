@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use forebay_nvme::{Key, StateKind};
+use forebay_nvme::{Done, Key, Priority, StateKind};
 use forebay_pinned::Slab;
 use forebay_prefetch::{GradHome, SectionId, Tier};
 
@@ -67,7 +67,8 @@ impl Engine {
         };
         for (index, part) in (0..).zip(self.placement.parts(section).to_vec()) {
             let home = part.home == Tier::Pinned;
-            if stored && !home {
+            let name = key(section, StateKind::Optim, index);
+            if stored && !home && self.store.contains(name) {
                 continue;
             }
             let place = if home {
@@ -77,7 +78,6 @@ impl Engine {
             };
             let (first, elements) = (part.first as usize, part.elements as usize);
             let mut slab = self.places.take_slab(place);
-            let name = key(section, StateKind::Optim, index);
             match source {
                 Source::New(master) => {
                     let states: &mut [f32] = bytemuck::cast_slice_mut(&mut slab[..12 * elements]);
@@ -88,7 +88,16 @@ impl Engine {
                         slab = self.transfer(name, slab, true)?;
                     }
                 }
-                Source::Stored => slab = self.transfer(name, slab, false)?,
+                Source::Stored if self.store.contains(name) => {
+                    slab = self.transfer(name, slab, false)?;
+                }
+                // Stored in other parts: by more ranks, or in larger pieces.
+                Source::Stored => {
+                    self.store.gather(name, &mut slab[..12 * elements])?;
+                    if !home {
+                        slab = self.transfer(name, slab, true)?;
+                    }
+                }
             }
             if !stored {
                 let target = match &mut self.places.param[section.0 as usize] {
@@ -147,7 +156,7 @@ impl Engine {
             let place = SlabPlace::Optim(section, index);
             let name = key(section, StateKind::Optim, index);
             let slab = self.places.take_slab(place);
-            self.store.write(name, slab)?;
+            self.store.write_with(name, slab, Priority::Checkpoint)?;
             under_way.push((name, place));
         }
         while !under_way.is_empty() {
@@ -159,7 +168,7 @@ impl Engine {
     }
 
     fn collect_one(&mut self, under_way: &mut Vec<(Key, SlabPlace)>) -> Result<()> {
-        let done = self.next_done();
+        let done = self.next_done()?;
         let index = under_way.iter().position(|(key, _)| *key == done.key);
         let (_, place) = under_way.swap_remove(index.expect("every transfer was noted"));
         self.places.return_slab(place, done.slab);
@@ -173,16 +182,17 @@ impl Engine {
         } else {
             self.store.read(key, slab)?
         }
-        let done = self.next_done();
+        let done = self.next_done()?;
         done.result?;
         Ok(done.slab)
     }
 
-    fn next_done(&mut self) -> forebay_nvme::Done {
+    fn next_done(&mut self) -> Result<Done> {
         loop {
             if let Some(done) = self.store.try_next() {
-                return done;
+                return Ok(done);
             }
+            self.store.health()?;
             self.nap();
         }
     }
