@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::args::{Args, When};
 use crate::data::Data;
-use crate::run::LAST;
+use crate::run::{LAST, Moved};
 
 pub(crate) struct Printer {
     bar: Option<ProgressBar>,
@@ -27,6 +27,8 @@ pub(crate) struct Summary<'s> {
     pub(crate) held_out: f64,
     pub(crate) skipped: u64,
     pub(crate) tbw: Option<Bytes>,
+    pub(crate) moved: Moved,
+    pub(crate) steps_here: u64,
     pub(crate) sample: Option<String>,
 }
 
@@ -172,6 +174,9 @@ impl Printer {
                 "written_bytes": hops[3].bytes,
                 "payload_read_bytes": s.report.disk_stats.payload_read_bytes,
                 "payload_written_bytes": s.report.disk_stats.payload_written_bytes,
+                "steps_payload_bytes": s.moved.payload,
+                "steps_kernel_bytes": s.moved.kernel,
+                "steps_here": s.steps_here,
                 "publish_bytes": s.report.publish.bytes,
                 "life_written_bytes": s.report.disk_stats.life.written_bytes,
                 "step_read_bytes": traffic.disk_read,
@@ -235,12 +240,13 @@ fn ledger(s: &Summary<'_>) {
     let (stats, traffic) = (&s.report.disk_stats, &s.report.traffic);
     let per = |bytes: u64| bytes as f64 / s.parameters.max(1) as f64;
     println!(
-        "disk ledger: a step reads {} and writes {} ({:.2} + {:.2} bytes a parameter); in the store's \
-         life {} written, {:.3} x the states",
+        "disk ledger: a step reads {} and writes {} ({:.2} + {:.2} bytes a parameter), the kernel counts \
+         {:.3} x that; in the store's life {} written, {:.3} x the states",
         Bytes(traffic.disk_read),
         Bytes(traffic.disk_write),
         per(traffic.disk_read),
         per(traffic.disk_write),
+        s.moved.kernel as f64 / s.moved.payload.max(1) as f64,
         Bytes(stats.life.written_bytes),
         stats.life.written_bytes as f64 / stats.life.payload_written_bytes.max(1) as f64,
     );

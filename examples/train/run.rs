@@ -80,7 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let printer = Printer::new(args.json, recipe.steps, trainer.steps());
     printer.start(&trainer, &decoder, &data, &options, args)?;
-    let losses = train(
+    let (losses, moved) = train(
         &mut trainer,
         &decoder,
         &data,
@@ -90,7 +90,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         &stop,
     )?;
     finish(
-        trainer, &decoder, &data, &recipe, args, &ceilings, &losses, disk, &printer,
+        trainer, &decoder, &data, &recipe, args, &ceilings, &losses, moved, disk, &printer,
     )
 }
 
@@ -104,13 +104,15 @@ fn train(
     args: &Args,
     printer: &Printer,
     stop: &AtomicBool,
-) -> Result<Vec<f32>> {
+) -> Result<(Vec<f32>, Moved)> {
     let text = serde_json::to_string(recipe)?;
     let last = match args.stop_after {
         Some(steps) => recipe.steps.min(trainer.steps() + steps),
         None => recipe.steps,
     };
     let mut losses = Vec::new();
+    let mut moved = Moved::default();
+    moved.start(trainer);
     let tokens = f64::from(recipe.batch) * f64::from(recipe.seq);
     let mut start = Instant::now();
     while trainer.steps() < last && !stop.load(Ordering::Relaxed) {
@@ -139,17 +141,56 @@ fn train(
             && trainer.steps().is_multiple_of(steps)
             && trainer.steps() < last
         {
+            moved.stop(trainer)?;
             trainer.publish(&text)?;
+            moved.start(trainer);
             start = Instant::now();
         }
     }
-    if args.when()? == When::Never {
-        trainer.settle()?;
-    } else {
+    moved.stop(trainer)?;
+    if args.when()? != When::Never {
         trainer.publish(&text)?;
     }
     printer.end();
-    Ok(losses)
+    Ok((losses, moved))
+}
+
+/// Bytes that steps read from disk and wrote, those of generations left out.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Moved {
+    /// Of states: what was asked for.
+    pub(crate) payload: u64,
+    /// As the kernel counts this process's I/O.
+    pub(crate) kernel: u64,
+    since: (u64, u64),
+}
+
+impl Moved {
+    fn now(trainer: &Trainer) -> (u64, u64) {
+        let stats = trainer.report().disk_stats;
+        // Without it (another system, a sandbox) the kernel's count is 0.
+        let text = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
+        let count = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0)
+        };
+        (
+            stats.payload_read_bytes + stats.payload_written_bytes,
+            count("read_bytes:") + count("write_bytes:"),
+        )
+    }
+
+    fn start(&mut self, trainer: &Trainer) {
+        self.since = Self::now(trainer);
+    }
+
+    fn stop(&mut self, trainer: &mut Trainer) -> Result<()> {
+        trainer.settle()?;
+        let now = Self::now(trainer);
+        self.payload += now.0 - self.since.0;
+        self.kernel += now.1 - self.since.1;
+        Ok(())
+    }
 }
 
 #[expect(
@@ -164,6 +205,7 @@ fn finish(
     args: &Args,
     ceilings: &Ceilings,
     losses: &[f32],
+    moved: Moved,
     disk: Disk,
     printer: &Printer,
 ) -> Result<()> {
@@ -200,6 +242,8 @@ fn finish(
         held_out: held_out.iter().sum::<f64>() / held_out.len().max(1) as f64,
         skipped: trainer.skipped(),
         tbw: args.tbw,
+        moved,
+        steps_here: losses.len() as u64,
         sample,
     });
     let published = trainer.generation() > 0;

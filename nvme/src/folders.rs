@@ -138,7 +138,7 @@ fn options(access: Access, flags: i32) -> OpenOptions {
 }
 
 /// Opens a data file past the page cache; where the file system has no direct I/O, through it.
-fn open_data(path: &Path, access: Access) -> Result<File, Error> {
+pub(crate) fn open_data(path: &Path, access: Access) -> Result<File, Error> {
     match options(access, libc::O_DIRECT).open(path) {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => options(access, 0).open(path),
         other => other,

@@ -28,6 +28,8 @@
 //! ```
 #![deny(missing_docs)]
 
+#[cfg(feature = "tokio-uring")]
+pub mod aio;
 pub mod bench;
 mod buffer;
 mod checksum;

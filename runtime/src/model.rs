@@ -202,6 +202,12 @@ impl Model {
         self.sections.iter().map(Section::parameters).sum()
     }
 
+    /// Elements that its sections occupy: parameters, and what aligns every tensor. What moves and is
+    /// stored is counted in these.
+    pub fn elements(&self) -> u64 {
+        self.sections.iter().map(Section::elements).sum()
+    }
+
     /// The model's identity: its name, and every section and tensor by name and shape.
     pub(crate) fn fingerprint(&self) -> u64 {
         let mut words: Vec<Vec<u8>> = vec![self.name.clone().into_bytes()];

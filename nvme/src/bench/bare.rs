@@ -15,7 +15,7 @@ use io_uring::{IoUring, opcode};
 use super::{Kind, SLICE, Slice, cpu_seconds, writes};
 use crate::Error;
 use crate::checksum::GRANULE;
-use crate::io::{DEPTH_MAX, Tuning};
+use crate::io::{DEPTH_MAX, Tuning, build};
 
 /// See the module.
 pub(super) struct Bare<'a> {
@@ -47,16 +47,9 @@ impl<'a> Bare<'a> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(libc::O_DIRECT);
         let file = options.open(path).map_err(failed)?;
-        let mut builder = IoUring::builder();
-        if tuning.sqpoll {
-            builder.setup_sqpoll(50);
-        } else if !tuning.iopoll {
-            builder.setup_single_issuer().setup_defer_taskrun();
-        }
-        if tuning.iopoll {
-            builder.setup_iopoll();
-        }
-        let ring = builder.build(DEPTH_MAX).map_err(failed)?;
+        let files = [file];
+        let (ring, _) = build(DEPTH_MAX, &files, &tuning).map_err(failed)?;
+        let [file] = files;
         ring.submitter()
             .register_files(&[file.as_raw_fd()])
             .map_err(failed)?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use threads::ThreadsIo;
 pub(crate) use throttle::ThrottledIo;
-pub(crate) use uring::UringIo;
+pub(crate) use uring::{UringIo, build};
 
 /// Which way of doing I/O to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

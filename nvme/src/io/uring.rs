@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ pub(crate) struct UringIo {
 
 /// Which of the two kinds of polling the ring does, and what kept it from others.
 #[derive(Debug, Default)]
-struct Polled {
+pub(crate) struct Polled {
     submissions: bool,
     completions: bool,
     refused: String,
@@ -178,7 +179,11 @@ impl UringIo {
 }
 
 /// The ring that was asked for; each kind of polling only if a real read on it succeeded.
-fn build(entries: u32, files: &[File], tuning: &Tuning) -> io::Result<(IoUring, Polled)> {
+pub(crate) fn build(
+    entries: u32,
+    files: &[File],
+    tuning: &Tuning,
+) -> io::Result<(IoUring, Polled)> {
     let mut polled = Polled::default();
     let wanted = [
         (tuning.sqpoll, tuning.iopoll),
@@ -226,7 +231,12 @@ fn build(entries: u32, files: &[File], tuning: &Tuning) -> io::Result<(IoUring, 
 
 /// One real read of the file that the ring is for: some devices refuse polled I/O only here.
 fn try_read(ring: &mut IoUring, file: &File) -> io::Result<()> {
-    let block = crate::buffer::Blocks::new(4096);
+    let mut block = crate::buffer::Blocks::new(4096);
+    // A file that was never written is read without its device.
+    if file.read_at(&mut block, 0)? < 4096 || block.iter().all(|byte| *byte == 0) {
+        block.fill(0);
+        file.write_all_at(&block, 0)?;
+    }
     let read = opcode::Read::new(Fd(file.as_raw_fd()), block.address(), 4096).build();
     // SAFETY: `block` and `file` outlive the wait for the only completion below.
     unsafe { ring.submission().push(&read) }.map_err(io::Error::other)?;

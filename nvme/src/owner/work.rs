@@ -77,6 +77,8 @@ pub(super) struct Work {
     active: Vec<Option<Active>>,
     /// Those with bytes to hand out, by priority and number.
     ready: Vec<usize>,
+    /// What the newest request does.
+    last: Operation,
     pieces: Vec<Option<Piece>>,
     free: Vec<usize>,
     /// Pieces to submit again: the rest of short transfers.
@@ -104,6 +106,7 @@ impl Work {
             patience,
             active: (0..TRANSFERS).map(|_| None).collect(),
             ready: Vec::with_capacity(TRANSFERS),
+            last: Operation::Sync,
             pieces: vec![None; depth],
             free: (0..depth).rev().collect(),
             again: Vec::with_capacity(depth),
@@ -277,13 +280,14 @@ impl Work {
                 return;
             }
         }
-        while let Some(&active) = self.ready.first() {
+        while let Some(chosen) = self.next_ready() {
+            let active = self.ready[chosen];
             let Some(work) = &mut self.active[active] else {
-                self.ready.remove(0);
+                self.ready.remove(chosen);
                 continue;
             };
             if work.all_asked() && work.transfer.operation != Operation::Sync {
-                self.ready.remove(0);
+                self.ready.remove(chosen);
                 continue;
             }
             let Some(place) = self.free.pop() else { return };
@@ -295,8 +299,9 @@ impl Work {
             }
             work.asked += bytes;
             work.requests += 1;
+            self.last = work.transfer.operation;
             if work.all_asked() {
-                self.ready.remove(0);
+                self.ready.remove(chosen);
             }
             self.pieces[place] = Some(Piece {
                 active,
@@ -309,6 +314,17 @@ impl Work {
                 return;
             }
         }
+    }
+
+    /// The most urgent that is ready; among equals a read after a write and a write after a read, as
+    /// disks and their links can do both at once.
+    fn next_ready(&self) -> Option<usize> {
+        let of = |place: &usize| self.active[*place].as_ref().map(|a| &a.transfer);
+        let first = of(self.ready.first()?).map(|t| t.priority);
+        let other = self.ready.iter().position(|place| {
+            of(place).is_some_and(|t| Some(t.priority) == first && t.operation != self.last)
+        });
+        Some(other.unwrap_or(0))
     }
 
     fn submit_piece(&mut self, place: usize) -> bool {

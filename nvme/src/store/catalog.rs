@@ -166,7 +166,8 @@ impl Catalog {
 
     /// Where a new version goes: to a place that neither the published generation nor what is held
     /// uses. The file may have to grow for it: see [`Catalog::end`].
-    pub(crate) fn begin_write(&mut self, index: usize) -> Target {
+    /// Without `in_place` it is a place of its own even where the current version could go.
+    pub(crate) fn begin_write(&mut self, index: usize, in_place: bool) -> Target {
         let key = self.layout.items[index].key;
         let holding = self.holding && key.state != StateKind::Grad;
         let entry = &mut self.entries[index];
@@ -174,7 +175,7 @@ impl Catalog {
             entry.held = Some(entry.current);
         }
         let class = &mut self.classes[entry.class];
-        let disposable = entry.current.filter(|e| !entry.keeps(e.offset));
+        let disposable = entry.current.filter(|e| in_place && !entry.keeps(e.offset));
         let offset = match (class.free.pop_front(), disposable) {
             (Some(offset), _) => offset,
             (None, Some(current)) => {

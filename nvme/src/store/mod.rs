@@ -235,28 +235,36 @@ impl Store {
     /// [`Error::Missing`]; [`Error::Misuse`] if the slab is too small, the key unknown or under
     /// way, or [`Store::can_start`] says no.
     pub fn read(&mut self, key: Key, slab: Slab) -> Result<(), Error> {
-        let index = self.check(key, &slab)?;
+        let (index, target, checksum) = self.begin_read(key, &slab)?;
+        let priority = match key.state {
+            StateKind::Param => Priority::Urgent,
+            _ => Priority::Normal,
+        };
+        self.start(
+            index,
+            Operation::Read,
+            priority,
+            target,
+            slab,
+            Some(checksum),
+        );
+        Ok(())
+    }
+
+    /// Takes note of a read and says where from, and what the checksum must be.
+    pub(crate) fn begin_read(
+        &mut self,
+        key: Key,
+        slab: &Slab,
+    ) -> Result<(usize, Target, u64), Error> {
+        let index = self.check(key, slab)?;
         let Some((target, checksum)) = self.catalog.begin_read(index) else {
             return Err(Error::Missing {
                 what: self.catalog.layout.describe(key),
             });
         };
-        let priority = match key.state {
-            StateKind::Param => Priority::Urgent,
-            _ => Priority::Normal,
-        };
         self.in_flight += 1;
-        let number = self.number(index);
-        self.owner.ask(Transfer {
-            tag: index as u32,
-            number,
-            operation: Operation::Read,
-            priority,
-            target,
-            buffer: Buffer::Slab(slab),
-            expected: Some(checksum),
-        });
-        Ok(())
+        Ok((index, target, checksum))
     }
 
     /// Starts writing the first bytes of the slab as the new version of a key. It goes to a place
@@ -277,24 +285,48 @@ impl Store {
     /// # Errors
     /// As there.
     pub fn write_with(&mut self, key: Key, slab: Slab, priority: Priority) -> Result<(), Error> {
-        let index = self.check(key, &slab)?;
-        let target = self.catalog.begin_write(index);
+        let (index, target) = self.begin_write(key, &slab, true)?;
+        self.start(index, Operation::Write, priority, target, slab, None);
+        Ok(())
+    }
+
+    /// Takes note of a write and says where to.
+    pub(crate) fn begin_write(
+        &mut self,
+        key: Key,
+        slab: &Slab,
+        in_place: bool,
+    ) -> Result<(usize, Target), Error> {
+        let index = self.check(key, slab)?;
+        let target = self.catalog.begin_write(index, in_place);
         if let Err(error) = self.grow() {
             self.catalog.undo_write(index);
             return Err(error);
         }
         self.in_flight += 1;
-        let number = self.number(index);
+        Ok((index, target))
+    }
+
+    fn start(
+        &mut self,
+        index: usize,
+        operation: Operation,
+        priority: Priority,
+        target: Target,
+        slab: Slab,
+        expected: Option<u64>,
+    ) {
+        self.started += 1;
+        self.numbers[index] = self.started;
         self.owner.ask(Transfer {
             tag: index as u32,
-            number,
-            operation: Operation::Write,
+            number: self.started,
+            operation,
             priority,
             target,
             buffer: Buffer::Slab(slab),
-            expected: None,
+            expected,
         });
-        Ok(())
     }
 
     /// Gives a transfer under way up. It still ends, with [`Error::Cancelled`] unless it was too
@@ -305,12 +337,6 @@ impl Store {
         {
             self.owner.cancel(self.numbers[index]);
         }
-    }
-
-    fn number(&mut self, index: usize) -> u64 {
-        self.started += 1;
-        self.numbers[index] = self.started;
-        self.started
     }
 
     fn check(&self, key: Key, slab: &Slab) -> Result<usize, Error> {
@@ -355,29 +381,13 @@ impl Store {
             buffer,
             result,
         } = self.owner.next()?;
-        self.in_flight -= 1;
         let index = tag as usize;
         let key = self.catalog.layout.items[index].key;
-        let bytes = self.catalog.layout.bytes(index);
-        let extent = self.catalog.entries[index].under_way;
-        let direction = if operation == Operation::Write {
-            self.catalog.end_write(index, result.as_ref().ok().copied());
-            Direction::Write
-        } else {
-            self.catalog.end_read(index);
-            Direction::Read
+        let direction = match operation {
+            Operation::Write => Direction::Write,
+            _ => Direction::Read,
         };
-        let result = match (result, direction) {
-            (Ok(_), Direction::Write) => {
-                self.payload_written += bytes;
-                Ok(())
-            }
-            (Ok(_), Direction::Read) => {
-                self.payload_read += bytes;
-                Ok(())
-            }
-            (Err(fault), _) => Err(self.fault(index, direction, extent, fault)),
-        };
+        let result = self.end(index, direction, result);
         let Buffer::Slab(slab) = buffer else {
             unreachable!("only slabs carry the tag of a key");
         };
@@ -387,6 +397,36 @@ impl Store {
             slab,
             result,
         })
+    }
+
+    /// Takes note of the end of a transfer.
+    pub(crate) fn end(
+        &mut self,
+        index: usize,
+        direction: Direction,
+        result: Result<u64, Fault>,
+    ) -> Result<(), Error> {
+        self.in_flight -= 1;
+        let bytes = self.catalog.layout.bytes(index);
+        let extent = self.catalog.entries[index].under_way;
+        let payload = match direction {
+            Direction::Write => {
+                let checksum = result.as_ref().ok().copied();
+                self.catalog.end_write(index, checksum);
+                &mut self.payload_written
+            }
+            Direction::Read => {
+                self.catalog.end_read(index);
+                &mut self.payload_read
+            }
+        };
+        match result {
+            Ok(_) => {
+                *payload += bytes;
+                Ok(())
+            }
+            Err(fault) => Err(self.fault(index, direction, extent, fault)),
+        }
     }
 
     fn fault(
@@ -486,6 +526,23 @@ impl Store {
     /// What was current at [`Store::hold`] is current again. No transfer may be under way.
     pub fn rollback(&mut self) {
         self.catalog.rollback();
+    }
+
+    /// A transfer whose end nobody will take note of: a write's place stays unused.
+    #[cfg(feature = "tokio-uring")]
+    pub(crate) fn abandon(&mut self, index: usize) {
+        self.in_flight -= 1;
+        self.catalog.end_read(index);
+    }
+
+    #[cfg(feature = "tokio-uring")]
+    pub(crate) fn files(&self) -> usize {
+        self.paths.len()
+    }
+
+    #[cfg(feature = "tokio-uring")]
+    pub(crate) fn data_path(&self, file: usize) -> &Path {
+        self.volume.path(file)
     }
 
     /// The user's part of the published generation.

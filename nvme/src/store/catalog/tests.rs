@@ -97,7 +97,7 @@ fn versions_never_overlap_and_what_must_stay_is_never_written_over() {
                 4 => catalog.end_write(index, None),
                 _ => {
                     let before = catalog.entries[index];
-                    let target = catalog.begin_write(index);
+                    let target = catalog.begin_write(index, true);
                     let kept = [before.published, before.held.flatten()];
                     assert!(kept.iter().flatten().all(|e| e.offset != target.offset));
                     check(&catalog);
@@ -121,7 +121,7 @@ fn versions_never_overlap_and_what_must_stay_is_never_written_over() {
 fn a_generation_of_another_layout_keeps_its_places_until_the_next() {
     let mut catalog = Catalog::new(1, &layout(30), None, 2, &options(Copies::Two, false));
     for index in 0..30 {
-        catalog.begin_write(index);
+        catalog.begin_write(index, true);
         catalog.end_write(index, Some(index as u64));
     }
     let maps = catalog.take_maps(3000, 2);
@@ -146,7 +146,7 @@ fn a_generation_of_another_layout_keeps_its_places_until_the_next() {
         "those of 15 to 29 that are no gradients"
     );
     for index in 0..15 {
-        catalog.begin_write(index);
+        catalog.begin_write(index, true);
         catalog.end_write(index, Some(1));
         check(&catalog);
     }
