@@ -514,8 +514,17 @@ impl Io for SimIo {
             let chosen = state.random.below(self.pending.len());
             let request = self.pending.swap_remove(chosen);
             let path = &self.paths[request.file as usize];
+            let blocks = [
+                request.offset,
+                request.memory as u64,
+                u64::from(request.len),
+            ];
+            let aligned = blocks.iter().all(|n| n.is_multiple_of(BLOCK));
             let result = if state.boot != self.boot {
                 -libc::EIO
+            } else if request.op != IoOp::Sync && !aligned {
+                // As direct I/O.
+                -libc::EINVAL
             } else {
                 match state.fault(request.op) {
                     Some(Fault::PowerCut) => {

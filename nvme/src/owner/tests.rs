@@ -209,3 +209,66 @@ fn one_flipped_bit_anywhere_is_noticed() {
         assert!(matches!(result, Err(Fault::Checksum)), "byte {at}");
     }
 }
+
+#[test]
+fn what_is_urgent_goes_first_and_equals_take_turns_by_direction() {
+    let arena = Arena::new(16 << 20).unwrap();
+    let shared = Arc::new(Shared::new());
+    shared.closing.store(true, Ordering::Relaxed);
+    let ask = |tag: u32, operation, priority| {
+        let transfer = Transfer {
+            tag,
+            number: u64::from(tag),
+            operation,
+            priority,
+            target: Target {
+                file: 0,
+                offset: u64::from(tag) << 24,
+                bytes: 2 * REQUEST_BYTES,
+                seed: 0,
+                start: 0,
+            },
+            buffer: Buffer::Slab(arena.lease(2 * REQUEST_BYTES).unwrap()),
+            expected: None,
+        };
+        shared.asked.push(transfer).unwrap();
+    };
+    ask(1, Operation::Write, Priority::Checkpoint);
+    ask(2, Operation::Write, Priority::Normal);
+    ask(3, Operation::Read, Priority::Normal);
+    ask(4, Operation::Write, Priority::Spill);
+    ask(5, Operation::Read, Priority::Urgent);
+    let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let tuning = Tuning {
+        depth: 1,
+        ..Tuning::default()
+    };
+    let io = Box::new(Ordered(Arc::clone(&order), None));
+    Work::new(io, Arc::clone(&shared), tuning, Duration::from_secs(9)).run();
+    assert_eq!(*order.lock().unwrap(), [5, 5, 2, 3, 2, 3, 4, 4, 1, 1]);
+}
+
+/// Notes which transfer each request is of.
+struct Ordered(Arc<std::sync::Mutex<Vec<u64>>>, Option<Request>);
+
+impl Io for Ordered {
+    unsafe fn submit(&mut self, request: Request) -> bool {
+        self.0.lock().unwrap().push(request.offset >> 24);
+        self.1 = Some(request);
+        true
+    }
+    fn wait(&mut self, completions: &mut Vec<Completion>, _: Option<Duration>) {
+        if let Some(request) = self.1.take() {
+            completions.push(Completion {
+                id: request.id,
+                result: request.len as i32,
+            });
+        }
+    }
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::new(NoWake)
+    }
+    fn describe(&self) -> String {
+        "ordered".to_owned()
+    }
+}
