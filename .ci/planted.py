@@ -60,7 +60,7 @@ PLANTED = [
     ("what is held is written over", "store/catalog.rs",
      "let kept = [self.published, self.held.flatten()];", "let kept = [self.published, None];", LIB),
     ("a write that did not happen loses the version before", "store/catalog.rs",
-     "Some(replaced) => entry.current = Some(replaced),", "Some(_) => {}", FAULTS),
+     "Some(replaced) => entry.current = Some(replaced),", "Some(_) => {}", LIB),
     ("a step is not undone", "store/catalog.rs",
      "std::mem::replace(&mut self.entries[index].current, held)", "held", STORE),
     ("two extents of a hostile map may overlap", "store/map.rs",

@@ -172,3 +172,31 @@ fn extents_are_spread_in_proportion_to_the_rates() {
     let share = catalog.end(0) as f64 / (catalog.end(0) + catalog.end(1)) as f64;
     assert!((0.73..0.77).contains(&share), "{share}");
 }
+
+#[test]
+fn a_write_that_did_not_happen_changes_nothing() {
+    for published in [false, true] {
+        let mut catalog = Catalog::new(1, &layout(3), None, 1, &options(Copies::Two, false));
+        // The third is a gradient: one place, written over.
+        for index in 0..3 {
+            for round in 0..3 {
+                catalog.begin_write(index, true);
+                catalog.end_write(index, Some(round));
+                if published {
+                    catalog.published(Vec::new());
+                }
+            }
+            let before = catalog.entries[index].current;
+            let free = catalog.classes[catalog.entries[index].class].free.len();
+            catalog.begin_write(index, true);
+            catalog.undo_write(index);
+            assert!(before.is_some());
+            assert_eq!(catalog.entries[index].current, before, "key {index}");
+            assert_eq!(
+                catalog.classes[catalog.entries[index].class].free.len(),
+                free
+            );
+            check(&catalog);
+        }
+    }
+}
