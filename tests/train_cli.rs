@@ -2,117 +2,12 @@
 //! as one line that says what to do.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::OnceLock;
+mod cli;
 
-/// The example's executable: cargo names it only for binaries.
-fn train() -> Command {
-    static PATH: OnceLock<PathBuf> = OnceLock::new();
-    let path = PATH.get_or_init(|| {
-        let test = std::env::current_exe().unwrap();
-        let path = test
-            .parent()
-            .unwrap()
-            .parent()
-            .unwrap()
-            .join("examples/train");
-        if !path.exists() {
-            let mut cargo = Command::new(env!("CARGO"));
-            let release = (!cfg!(debug_assertions)).then_some("--release");
-            cargo.args(["build", "--example", "train"]).args(release);
-            assert!(
-                cargo
-                    .current_dir(env!("CARGO_MANIFEST_DIR"))
-                    .status()
-                    .unwrap()
-                    .success()
-            );
-        }
-        path
-    });
-    Command::new(path)
-}
+use std::path::PathBuf;
+use std::process::Command;
 
-/// A folder with text to train on and an empty one for the disk tier.
-struct Place {
-    root: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        let root = tempfile::tempdir().unwrap();
-        let text: String = (0..4000)
-            .map(|i| format!("line {} of {}\n", i, i * i % 97))
-            .collect();
-        std::fs::write(root.path().join("text.txt"), text).unwrap();
-        std::fs::create_dir(root.path().join("disk")).unwrap();
-        Self { root }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.root.path().join(name)
-    }
-
-    /// A run of a few small steps with these flags besides.
-    fn run(&self, flags: &[&str]) -> Output {
-        let mut command = train();
-        command.args(["--steps", "4", "--batch", "2", "--seq", "32"]);
-        self.finish(command, flags)
-    }
-
-    /// A run with nothing but the data and these flags.
-    fn bare(&self, flags: &[&str]) -> Output {
-        self.finish(train(), flags)
-    }
-
-    fn finish(&self, mut command: Command, flags: &[&str]) -> Output {
-        if !flags.contains(&"--data") {
-            command.arg("--data").arg(self.path("text.txt"));
-        }
-        if !flags.contains(&"--disk") {
-            command.arg("--disk").arg(self.path("disk"));
-        }
-        command
-            .args(flags)
-            .current_dir(self.root.path())
-            .output()
-            .unwrap()
-    }
-
-    /// What `run` says when it refuses: one line, with all of these words in it.
-    fn refused(&self, flags: &[&str], words: &[&str]) {
-        check_refusal(&self.run(flags), &format!("{flags:?}"), words);
-    }
-}
-
-fn check_refusal(output: &Output, what: &str, words: &[&str]) {
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "{what} passed");
-    assert!(
-        output.stdout.is_empty(),
-        "{what} printed {}",
-        String::from_utf8_lossy(&output.stdout)
-    );
-    assert_eq!(text.trim_end().lines().count(), 1, "{what}: {text}");
-    assert!(text.starts_with("error: "), "{what}: {text}");
-    for word in words {
-        assert!(text.contains(word), "{what} says: {text} (no '{word}')");
-    }
-}
-
-fn losses(output: &Output) -> Vec<String> {
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    text.lines()
-        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap())
-        .filter_map(|v| Some(v.get("loss_bits")?.as_str()?.to_owned()))
-        .collect()
-}
+use cli::{Place, check_refusal, flip, losses, newest_map, train};
 
 #[test]
 fn json_gives_a_line_a_step_and_a_summary_with_peaks_within_budgets() {
@@ -335,48 +230,6 @@ fn stores_that_are_damaged_taken_or_of_another_model_are_refused_and_not_touched
             .success(),
         "still whole"
     );
-}
-
-/// Of the newest generation: a byte of each copy of its map, and the offsets of its first and last
-/// extent.
-fn newest_map(data: &Path) -> (Vec<u64>, Vec<u64>) {
-    let bytes = std::fs::read(data).unwrap();
-    let start = b"{\"generation\":";
-    let starts = (0..bytes.len())
-        .step_by(4096)
-        .filter(|at| bytes[*at..].starts_with(start));
-    let maps = starts.filter_map(|at| {
-        let text = serde_json::Deserializer::from_slice(&bytes[at..]);
-        let map = text.into_iter::<serde_json::Value>().next()?.ok()?;
-        Some((map["generation"].as_u64()?, at as u64 + 20, map))
-    });
-    let maps: Vec<_> = maps.collect();
-    let newest = maps.iter().map(|m| m.0).max().unwrap();
-    let copies: Vec<_> = maps.iter().filter(|m| m.0 == newest).collect();
-    let extents = copies[0].2["extents"].as_array().unwrap();
-    let offset = |e: &serde_json::Value| e["offset"].as_u64().unwrap();
-    let ends = vec![offset(&extents[0]), offset(extents.last().unwrap())];
-    (copies.iter().map(|m| m.1).collect(), ends)
-}
-
-/// Flips a bit of each of these bytes of a file for the time of `work`.
-fn flip(path: &Path, at: &[u64], work: impl Fn()) {
-    use std::os::unix::fs::FileExt;
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    let change = || {
-        for at in at {
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, *at).unwrap();
-            file.write_all_at(&[byte[0] ^ 1], *at).unwrap();
-        }
-    };
-    change();
-    work();
-    change();
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))?;
         signal_hook::flag::register(signal, Arc::clone(&stop))?;
     }
+    // A limit on file sizes is to be an error, not the end of the process.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())?;
     let config = match &args.config {
         Some(path) => Config::read(path)?,
         None => Config::byte_level(),

@@ -22,7 +22,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// There is nothing to open.
-    #[error("{path} holds no published generation; start without --resume")]
+    #[error("{path} holds no published generation; a run without --resume makes one")]
     NoGeneration {
         /// The folder.
         path: PathBuf,

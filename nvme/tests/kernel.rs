@@ -187,9 +187,12 @@ enum Harm {
     Lost,
 }
 
+/// A marker, and what happens to blocks that begin with it.
+type Rule = ([u8; 8], Harm);
+
 #[derive(Clone, Default)]
 struct Rules {
-    harm: Arc<Mutex<Vec<([u8; 8], Harm)>>>,
+    harm: Arc<Mutex<Vec<Rule>>>,
     delay: Arc<Mutex<Duration>>,
     syncs: Arc<AtomicU64>,
     /// Writes and syncs in their order: the syncs as zero lengths.

@@ -32,6 +32,7 @@ mod bound;
 mod build;
 mod error;
 mod model;
+mod parts;
 mod placement;
 mod plan;
 mod scheduler;
@@ -40,7 +41,8 @@ mod sim;
 pub use bound::{Bound, Rates, Traffic, bound};
 pub use error::Error;
 pub use model::{Model, SectionId, SectionSize, StageId, StageSpec, State, Tier, Timing};
-pub use placement::{Budgets, GradHome, Part, PlaceOptions, Placement, Policy, place};
+pub use parts::Part;
+pub use placement::{Budgets, GradHome, PlaceOptions, Placement, Policy, place};
 pub use plan::{
     ClaimRef, Dep, LANES, Lane, Order, ParamSource, Plan, Pool, PoolId, PoolKind, StageUses, Task,
     TaskId, TaskKind, Window,

@@ -7,12 +7,11 @@
 
 use crate::Error;
 use crate::model::{Model, SectionId, StageId, StageSpec, Tier, Timing};
+use crate::parts::{Part, parts};
 use crate::plan::{Pool, PoolId, PoolKind};
 
 const DEVICE_ALIGN: u64 = 256;
 const PINNED_ALIGN: u64 = 4096;
-/// Elements between the starts of parts: whole cache lines in every type.
-const PART_ALIGN: u64 = 64;
 
 /// Bytes that may be used on each tier; the disk takes what is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,17 +67,6 @@ impl Default for PlaceOptions {
             pinned_fixed_bytes: 0,
         }
     }
-}
-
-/// A run of a section's elements that the optimizer updates in one piece.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// First element in the section.
-    pub first: u64,
-    /// Number of elements.
-    pub elements: u64,
-    /// Where its optimizer states live: `Pinned` or `Disk`.
-    pub home: Tier,
 }
 
 /// Where a whole gradient waits for its update.
@@ -632,27 +620,4 @@ impl Class {
         self.param_slots = self.param_slots_min;
         self.grad_slots = self.grad_slots_min;
     }
-}
-
-fn parts(elements: u64, options: &PlaceOptions) -> Vec<Part> {
-    let chunk = options.chunk_elements.max(PART_ALIGN);
-    let ranks = split(elements, u64::from(options.partitions.max(1)));
-    let parts = ranks.flat_map(|(start, length)| {
-        let parts = split(length, length.div_ceil(chunk));
-        parts.map(move |(first, elements)| Part {
-            first: start + first,
-            elements,
-            home: Tier::Disk,
-        })
-    });
-    parts.collect()
-}
-
-/// Cuts `elements` into at most `count` runs of equal, aligned length.
-fn split(elements: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
-    let size = elements.div_ceil(count).next_multiple_of(PART_ALIGN);
-    (0..count)
-        .map(move |i| i * size)
-        .take_while(move |first| *first < elements)
-        .map(move |first| (first, size.min(elements - first)))
 }

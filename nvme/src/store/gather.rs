@@ -3,7 +3,7 @@
 
 use super::Store;
 use super::map::MapExtent;
-use super::open::stream;
+use super::own::stream;
 use crate::Error;
 use crate::key::{Key, Shape};
 

@@ -2,8 +2,10 @@
 
 mod catalog;
 mod gather;
+mod header;
 mod map;
 mod open;
+mod own;
 mod publish;
 mod space;
 mod superblock;
@@ -26,9 +28,10 @@ use crate::owner::{
 };
 use crate::profile::Profile;
 use catalog::{Catalog, Extent};
+pub(crate) use header::{Look, look};
 pub use map::Ledger;
 pub(crate) use map::{Map, MapExtent};
-pub(crate) use open::{Look, copy, look};
+pub(crate) use open::copy;
 pub use superblock::FORMAT;
 
 /// How many copies of each extent have a place from the start.
@@ -510,7 +513,7 @@ impl Store {
         buffer: crate::buffer::Blocks,
     ) -> Result<(crate::buffer::Blocks, u64), Error> {
         let volume = &*self.volume;
-        open::own(&mut self.owner, volume, operation, target, buffer)
+        own::own(&mut self.owner, volume, operation, target, buffer)
     }
 
     /// From here to [`Store::commit`], writes keep what is current now.

@@ -3,7 +3,8 @@
 use twox_hash::XxHash3_64;
 
 use super::map::MapPlace;
-use super::open::{now, plain};
+use super::open::now;
+use super::own::plain;
 use super::superblock::{COPIES, Superblock};
 use super::{Map, Store};
 use crate::Error;
