@@ -57,7 +57,10 @@ impl Setup {
         let model = self.decoder.model().clone();
         let mut trainer = match Store::peek(&options.disk[0], disk) {
             Ok(_) => Trainer::resume(model, footprint, &options)?,
-            Err(_) => Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 })?,
+            Err(nvme::Error::NoGeneration { .. }) => {
+                Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 })?
+            }
+            Err(other) => return Err(other.into()),
         };
         while trainer.steps() < STEPS {
             let step = trainer.steps();
