@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export FOREBAY_CI=1
+bash .ci/tools.sh
 FOREBAY_SIM_SEEDS=2000 cargo test --release -p forebay-nvme --test faults -- --nocapture
 FOREBAY_FAULT_STRIDE=1 cargo test --release --test faults -- --nocapture
 cargo test --release -p forebay-nvme --test kernel -- --test-threads=1

@@ -178,6 +178,41 @@ fn states_written_as_two_partitions_open_as_one_and_the_other_way() {
 }
 
 #[test]
+fn damage_is_noticed_in_parts_that_are_put_together_too() {
+    let disk = SimDisk::new(2);
+    let mut setup = Setup::new(Some(0.5));
+    setup.run(&disk, &mut Vec::new()).unwrap();
+    let path = PathBuf::from("disk/data.forebay");
+    let contents = disk.contents(&path).unwrap();
+    // Any word of the states: an exponent of a number that is neither 0 nor text.
+    let at = (1 << 17..contents.len())
+        .find(|i| contents[*i] == 0x3d)
+        .unwrap();
+    setup.options.optimizer_chunk = Some(512);
+    (setup.options.device_budget, setup.options.pinned_budget) = (None, None);
+    setup.options = with_budgets(setup.options, &setup.decoder);
+    let open = || {
+        let options = setup.on(&disk);
+        let footprint = setup.decoder.footprint(options.threads).unwrap();
+        Trainer::resume(setup.decoder.model().clone(), footprint, &options)
+    };
+    let places: Vec<usize> = (at..contents.len()).step_by(40_009).collect();
+    let mut noticed = 0;
+    for at in &places {
+        disk.rot(&path, *at as u64, 1);
+        match open() {
+            Err(Error::Disk(nvme::Error::Checksum { .. })) => noticed += 1,
+            // Free space, or the generation before.
+            Ok(_) => {}
+            Err(other) => panic!("{other}"),
+        }
+        disk.rot(&path, *at as u64, 1);
+    }
+    assert!(noticed > places.len() / 4, "{noticed} of {}", places.len());
+    open().unwrap();
+}
+
+#[test]
 fn a_disk_that_stops_answering_ends_the_run_in_its_time() {
     let setup = Setup::new(None);
     let whole = SimDisk::new(1);

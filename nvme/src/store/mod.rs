@@ -61,7 +61,7 @@ pub struct Options {
     /// With one copy: extents of each size that are written at once.
     pub slack: u64,
     /// Bandwidth of each folder, in any unit: new extents are spread in proportion. Empty: from the
-    /// profiles, or alike.
+    /// profiles, or measured when several folders are opened.
     pub rates: Vec<f64>,
     /// Whether the space of a new store is written once, so that later writes find it real.
     pub prewrite: bool,
@@ -108,16 +108,29 @@ impl Options {
         slowest.map_or_else(Tuning::default, |p| p.tuning())
     }
 
-    /// With the rates of the folders' profiles, if all have one and none were given.
+    /// With the rates of the folders' disks: of their profiles, or measured now where one has none.
     fn with_rates(&self) -> Self {
         let mut options = self.clone();
         if options.rates.is_empty() && self.paths.len() > 1 && !self.medium.simulated() {
-            let rates: Option<Vec<f64>> = self
-                .paths
-                .iter()
-                .map(|p| Profile::of(p).map(|p| p.read_bytes_per_s.min(p.write_bytes_per_s)))
-                .collect();
-            options.rates = rates.unwrap_or_default();
+            let profiles: Option<Vec<_>> = self.paths.iter().map(|p| Profile::of(p)).collect();
+            let slower = |read: f64, write: f64| read.min(write);
+            options.rates = match profiles {
+                Some(profiles) => profiles
+                    .iter()
+                    .map(|p| slower(p.read_bytes_per_s, p.write_bytes_per_s))
+                    .collect(),
+                // All of them alike, so that the figures are of one kind.
+                None => self
+                    .paths
+                    .iter()
+                    .map_while(|path| crate::probe::disk(path, RATE_BYTES).ok())
+                    .map(|rate| slower(rate.read_bytes_per_s, rate.write_bytes_per_s))
+                    .collect(),
+            };
+            if options.rates.len() < self.paths.len() {
+                // A folder that cannot be measured is met again when it is used, and named then.
+                options.rates.clear();
+            }
         }
         options
     }
@@ -176,6 +189,9 @@ pub struct Store {
     numbers: Vec<u64>,
     failed: Option<String>,
 }
+
+/// Bytes written and read to find a disk's rate, where it has no profile.
+const RATE_BYTES: u64 = 32 << 20;
 
 /// Tag of the store's own transfers.
 const OWN: u32 = u32::MAX;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use forebay_kernels::cpu::Isa;
 use forebay_nvme::probe::{self, DiskRate};
+use forebay_nvme::profile::Profile;
 
 use crate::{Budgets, Bytes};
 
@@ -179,7 +180,7 @@ fn uring() -> Fact {
     }
 }
 
-fn disk(folder: &Path) -> [Fact; 2] {
+fn disk(folder: &Path) -> [Fact; 3] {
     let name = |what: &str| format!("disk {what} {}", folder.display());
     let mend = "give --disk an existing, writable folder with room";
     let space = match probe::free_bytes(folder) {
@@ -204,5 +205,20 @@ fn disk(folder: &Path) -> [Fact; 2] {
         }
         Err(error) => Fact::bad(&name("speed"), error.to_string(), mend),
     };
-    [space, speed]
+    let tuning = match Profile::of(folder) {
+        Some(profile) => Fact::good(
+            &name("tuning"),
+            format!(
+                "requests of {}, {} at once",
+                Bytes(u64::from(profile.block)),
+                profile.depth
+            ),
+        ),
+        None => Fact::poor(
+            &name("tuning"),
+            "not measured: requests of 1 MiB, 32 at once",
+            format!("forebay bench nvme --disk {}", folder.display()),
+        ),
+    };
+    [space, speed, tuning]
 }

@@ -1,6 +1,7 @@
 //! What a run used and did, beside what it could have done.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use forebay_kernels::cpu::{AdamW, Exchange, Isa, States, Workers, adamw_parallel};
@@ -25,21 +26,33 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
-    /// Measures them, in about a second, with up to 64 MiB of disk and 80 MiB of memory that are given
+    /// Measures them, in about a second, with up to 64 MiB of each disk and 80 MiB of memory that are given
     /// back.
     ///
     /// # Errors
     /// A disk folder that cannot be used; threads refused.
-    pub fn measure(disk: &Path, threads: usize) -> Result<Self> {
+    pub fn measure(disks: &[PathBuf], threads: usize) -> Result<Self> {
         let copy = copy_rate();
-        // On a full disk a smaller piece has to do: whether the store fits is said by the store.
-        let free = forebay_nvme::probe::free_bytes(disk)?;
-        let disk = forebay_nvme::probe::disk(disk, (free / 4).min(64 << 20))?;
+        let (mut disk_read, mut disk_write, mut seen) = (0.0, 0.0, Vec::new());
+        for disk in disks {
+            // On a full disk a smaller piece has to do: whether the store fits is said by the store.
+            let free = forebay_nvme::probe::free_bytes(disk)?;
+            // Folders of one device share its bandwidth.
+            let device = std::fs::metadata(disk).map(|m| m.dev());
+            let device = device.map_err(Error::system(disk.display().to_string()))?;
+            if seen.contains(&device) {
+                continue;
+            }
+            seen.push(device);
+            let rate = forebay_nvme::probe::disk(disk, (free / 4).min(64 << 20))?;
+            disk_read += rate.read_bytes_per_s;
+            disk_write += rate.write_bytes_per_s;
+        }
         Ok(Self {
             h2d: copy,
             d2h: copy,
-            disk_read: disk.read_bytes_per_s,
-            disk_write: disk.write_bytes_per_s,
+            disk_read,
+            disk_write,
             adam: adam_rate(threads)?,
         })
     }
