@@ -211,7 +211,7 @@ fn measure(plan: &Plan, folder: &Path, progress: &mut dyn FnMut(&str)) -> Result
     })
 }
 
-/// Tries blocks and depths on the bare device; the smallest of those within 3 % of the best.
+/// Tries blocks and depths on the bare device.
 fn tune(
     plan: &Plan,
     bare: &mut Bare<'_>,
@@ -255,11 +255,27 @@ fn tune(
             }
         }
     }
-    let best = trials.iter().map(Trial::both).fold(0.0, f64::max);
-    let good = trials.iter().filter(|t| t.both() > 0.97 * best);
-    let chosen = good.min_by_key(|t| (u64::from(t.block) * u64::from(t.depth), t.depth));
-    let (block, depth) = chosen.map_or((1 << 20, 32), |t| (t.block, t.depth));
+    let (block, depth) = choose(&trials);
     Ok((trials, block, depth))
+}
+
+/// Blocks of 1 MiB unless others are clearly faster (larger ones hold up what is urgent, smaller ones
+/// cost CPU), and the least depth that keeps their rate.
+fn choose(trials: &[Trial]) -> (u32, u32) {
+    let best = |block: Option<u32>| {
+        let of = trials.iter().filter(|t| block.is_none_or(|b| b == t.block));
+        of.map(Trial::both).fold(0.0, f64::max)
+    };
+    let mut blocks: Vec<u32> = trials.iter().map(|t| t.block).collect();
+    blocks.sort_by_key(|block| block.abs_diff(1 << 20));
+    let good = blocks
+        .into_iter()
+        .find(|b| best(Some(*b)) >= 0.95 * best(None));
+    let block = good.unwrap_or(1 << 20);
+    let enough = trials
+        .iter()
+        .filter(|t| t.block == block && t.both() >= 0.97 * best(Some(block)));
+    (block, enough.map(|t| t.depth).min().unwrap_or(32))
 }
 
 fn keep(trials: &[Trial], block: u32, depth: u32, plan: &Plan) -> Option<PathBuf> {
@@ -478,6 +494,26 @@ mod tests {
         let count = |mix| (0..100).filter(|i| writes(Kind::Mixed, *i, mix)).count();
         assert_eq!((count((1, 1)), count((3, 1)), count((0, 1))), (50, 25, 100));
         assert!(!writes(Kind::Read, 3, (1, 1)) && writes(Kind::Write, 3, (1, 1)));
+    }
+
+    #[test]
+    fn the_middle_block_is_chosen_unless_another_is_clearly_faster() {
+        let trial = |block, depth, rate: f64| Trial {
+            block,
+            depth,
+            read_bytes_per_s: rate,
+            write_bytes_per_s: rate,
+        };
+        let mut trials = vec![
+            trial(256 << 10, 4, 1.00),
+            trial(256 << 10, 16, 1.02),
+            trial(1 << 20, 4, 0.90),
+            trial(1 << 20, 16, 0.98),
+            trial(1 << 20, 32, 0.99),
+        ];
+        assert_eq!(choose(&trials), (1 << 20, 16));
+        trials[1] = trial(256 << 10, 16, 1.30);
+        assert_eq!(choose(&trials), (256 << 10, 16));
     }
 
     #[test]
