@@ -7,6 +7,7 @@
 
 mod bare;
 mod stats;
+mod tune;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,7 +15,6 @@ use std::time::{Duration, Instant};
 use forebay_pinned::{Arena, Slab};
 
 use crate::io::{IoChoice, Tuning};
-use crate::profile::Profile;
 use crate::{Copies, Direction, Error, Key, Layout, Options, StateKind, Store};
 use bare::Bare;
 pub use stats::{Interval, Percentiles};
@@ -181,7 +181,7 @@ fn measure(plan: &Plan, folder: &Path, progress: &mut dyn FnMut(&str)) -> Result
     drop(made);
     let mut bare = Bare::open(&data, start, extents * EXTENT, &arena, tuning)?;
     bare.fill()?;
-    let (trials, block, depth) = tune(plan, &mut bare, progress)?;
+    let (trials, block, depth) = tune::tune(plan, &mut bare, progress)?;
     let tuning = Tuning {
         block,
         depth,
@@ -189,7 +189,7 @@ fn measure(plan: &Plan, folder: &Path, progress: &mut dyn FnMut(&str)) -> Result
     };
     bare.set(block, depth);
     let profile = if plan.block.is_none() && plan.depth.is_none() {
-        keep(&trials, block, depth, plan)
+        tune::keep(&trials, block, depth, plan)
     } else {
         None
     };
@@ -209,88 +209,6 @@ fn measure(plan: &Plan, folder: &Path, progress: &mut dyn FnMut(&str)) -> Result
         profile,
         outcomes,
     })
-}
-
-/// Tries blocks and depths on the bare device.
-fn tune(
-    plan: &Plan,
-    bare: &mut Bare<'_>,
-    progress: &mut dyn FnMut(&str),
-) -> Result<(Vec<Trial>, u32, u32), Error> {
-    let blocks = plan
-        .block
-        .map_or(vec![256 << 10, 1 << 20, 4 << 20], |b| vec![b]);
-    let depths = plan.depth.map_or(vec![4, 16, 32, 64], |d| vec![d]);
-    let mut trials: Vec<Trial> = Vec::new();
-    if let ([block], [depth]) = (&blocks[..], &depths[..]) {
-        return Ok((trials, *block, *depth));
-    }
-    // Twice over, each pair at another moment: a disk's moods are not the tuning's.
-    for round in 0..3 {
-        for (index, (block, depth)) in blocks
-            .iter()
-            .flat_map(|b| depths.iter().map(move |d| (*b, *d)))
-            .filter(|(b, d)| u64::from(*b) * u64::from(*d) <= SLICE)
-            .enumerate()
-        {
-            progress(&format!(
-                "trying blocks of {} KiB, depth {depth}",
-                block >> 10
-            ));
-            bare.set(block, depth);
-            let read = bare.slice(Kind::Read, plan.mix)?.rate();
-            let write = bare.slice(Kind::Write, plan.mix)?.rate();
-            let trial = Trial {
-                block,
-                depth,
-                read_bytes_per_s: read,
-                write_bytes_per_s: write,
-            };
-            match trials.get_mut(index) {
-                Some(best) if round > 0 => {
-                    best.read_bytes_per_s = best.read_bytes_per_s.max(read);
-                    best.write_bytes_per_s = best.write_bytes_per_s.max(write);
-                }
-                _ => trials.push(trial),
-            }
-        }
-    }
-    let (block, depth) = choose(&trials);
-    Ok((trials, block, depth))
-}
-
-/// Blocks of 1 MiB unless others are clearly faster (larger ones hold up what is urgent, smaller ones
-/// cost CPU), and the least depth that keeps their rate.
-fn choose(trials: &[Trial]) -> (u32, u32) {
-    let best = |block: Option<u32>| {
-        let of = trials.iter().filter(|t| block.is_none_or(|b| b == t.block));
-        of.map(Trial::both).fold(0.0, f64::max)
-    };
-    let mut blocks: Vec<u32> = trials.iter().map(|t| t.block).collect();
-    blocks.sort_by_key(|block| block.abs_diff(1 << 20));
-    let good = blocks
-        .into_iter()
-        .find(|b| best(Some(*b)) >= 0.95 * best(None));
-    let block = good.unwrap_or(1 << 20);
-    let enough = trials
-        .iter()
-        .filter(|t| t.block == block && t.both() >= 0.97 * best(Some(block)));
-    (block, enough.map(|t| t.depth).min().unwrap_or(32))
-}
-
-fn keep(trials: &[Trial], block: u32, depth: u32, plan: &Plan) -> Option<PathBuf> {
-    let chosen = trials
-        .iter()
-        .find(|t| (t.block, t.depth) == (block, depth))?;
-    let profile = Profile {
-        block,
-        depth,
-        read_bytes_per_s: chosen.read_bytes_per_s,
-        write_bytes_per_s: chosen.write_bytes_per_s,
-        measured: std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_secs()),
-    };
-    // Without a home the figures are all there is.
-    profile.keep(&plan.folder).ok()
 }
 
 fn compare(
@@ -494,26 +412,6 @@ mod tests {
         let count = |mix| (0..100).filter(|i| writes(Kind::Mixed, *i, mix)).count();
         assert_eq!((count((1, 1)), count((3, 1)), count((0, 1))), (50, 25, 100));
         assert!(!writes(Kind::Read, 3, (1, 1)) && writes(Kind::Write, 3, (1, 1)));
-    }
-
-    #[test]
-    fn the_middle_block_is_chosen_unless_another_is_clearly_faster() {
-        let trial = |block, depth, rate: f64| Trial {
-            block,
-            depth,
-            read_bytes_per_s: rate,
-            write_bytes_per_s: rate,
-        };
-        let mut trials = vec![
-            trial(256 << 10, 4, 1.00),
-            trial(256 << 10, 16, 1.02),
-            trial(1 << 20, 4, 0.90),
-            trial(1 << 20, 16, 0.98),
-            trial(1 << 20, 32, 0.99),
-        ];
-        assert_eq!(choose(&trials), (1 << 20, 16));
-        trials[1] = trial(256 << 10, 16, 1.30);
-        assert_eq!(choose(&trials), (256 << 10, 16));
     }
 
     #[test]
