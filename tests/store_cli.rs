@@ -346,7 +346,7 @@ fn bench_measures_a_disk_and_refuses_what_makes_no_sense() {
     let place = Place::new();
     let disk = text(&place.path("disk"));
     for (words, expected) in [
-        (&["--block", "100KiB"][..], "multiple of 256KiB"),
+        (&["--block", "100KiB"][..], "give 256KiB"),
         (&["--size", "1MiB"], "at least 256MiB"),
         (&["--mix", "0:0"], "READS:WRITES"),
         (&["--block", "64MiB", "--depth", "64"], "128MiB"),

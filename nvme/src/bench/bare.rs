@@ -12,7 +12,7 @@ use forebay_pinned::Arena;
 use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode};
 
-use super::{Kind, SLICE, Slice, cpu_seconds, writes};
+use super::{EXTENT, Kind, SLICE, Slice, cpu_seconds, writes};
 use crate::Error;
 use crate::checksum::GRANULE;
 use crate::io::{DEPTH_MAX, Tuning, build};
@@ -23,9 +23,8 @@ pub(super) struct Bare<'a> {
     file: File,
     path: PathBuf,
     arena: &'a Arena,
-    /// The piece of the file.
-    start: u64,
-    bytes: u64,
+    /// Where in the file its extents are, in the order of their use.
+    places: Vec<u64>,
     block: u32,
     depth: u32,
     next: [u64; 2],
@@ -35,8 +34,7 @@ pub(super) struct Bare<'a> {
 impl<'a> Bare<'a> {
     pub(super) fn open(
         path: &Path,
-        start: u64,
-        bytes: u64,
+        places: Vec<u64>,
         arena: &'a Arena,
         tuning: Tuning,
     ) -> Result<Self, Error> {
@@ -64,8 +62,7 @@ impl<'a> Bare<'a> {
             file,
             path: path.to_owned(),
             arena,
-            start: start.next_multiple_of(4096),
-            bytes: bytes / SLICE * SLICE,
+            places,
             block: 1 << 20,
             depth: 32,
             next: [0; 2],
@@ -79,15 +76,9 @@ impl<'a> Bare<'a> {
         self.next = [0; 2];
     }
 
-    /// Writes all of the piece once.
-    pub(super) fn fill(&mut self) -> Result<(), Error> {
-        let memory = self.arena.base();
-        // SAFETY: the bench leases nothing of the arena yet, and no request is under way.
-        let all = unsafe { std::slice::from_raw_parts_mut(memory, self.arena.capacity() as usize) };
-        noise(all, 99);
-        for _ in 0..self.bytes / SLICE {
-            self.slice(Kind::Write, (0, 1))?;
-        }
+    /// Goes on with other extents, once all that was written is on the disk.
+    pub(super) fn move_to(&mut self, places: Vec<u64>) -> Result<(), Error> {
+        self.places = places;
         self.next = [0; 2];
         self.file.sync_data().map_err(|source| self.failed(source))
     }
@@ -97,7 +88,7 @@ impl<'a> Bare<'a> {
             operation: "benching",
             what: "bare I/O".into(),
             path: self.path.clone(),
-            offset: self.start,
+            offset: self.places[0],
             source,
         }
     }
@@ -120,8 +111,10 @@ impl<'a> Bare<'a> {
                 let write = writes(kind, asked, mix);
                 // As in the store's slices: half a turn apart.
                 let next = &mut self.next[usize::from(write)];
-                let ahead = if write { 0 } else { self.bytes / 2 };
-                let offset = self.start + (*next * block + ahead) % self.bytes;
+                let bytes = self.places.len() as u64 * EXTENT;
+                let ahead = if write { 0 } else { bytes / 2 };
+                let at = (*next * block + ahead) % bytes;
+                let offset = self.places[(at / EXTENT) as usize] + at % EXTENT;
                 *next += 1;
                 let memory = self.arena.base().wrapping_add((place * block) as usize);
                 let file = Fixed(0);

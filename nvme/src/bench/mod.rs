@@ -1,7 +1,8 @@
 //! What a disk can do, and what the store takes of it: slices of bare I/O and of the store's, in turn,
 //! on the same file.
 //!
-//! The ceiling is a bare io_uring loop: no store, no checksum, no copy. A round is a slice of bare
+//! The ceiling is a bare io_uring loop: no store, no checksum, no copy. Extents of both lie in turn in
+//! one file, and pass through the same memory. A round is a slice of bare
 //! I/O, one through the store and a second bare one, in an order that changes; the ratio of a round
 //! is store to bare, its control bare to bare. Given are medians with 95 % intervals.
 
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use forebay_pinned::{Arena, Slab};
 
+use crate::checksum::GRANULE;
 use crate::io::{IoChoice, Tuning};
 use crate::{Copies, Direction, Error, Key, Layout, Options, StateKind, Store};
 use bare::Bare;
@@ -132,10 +134,16 @@ pub struct Report {
     pub outcomes: Vec<Outcome>,
 }
 
+/// Whether a block of so many bytes can be measured: an extent of the bench is whole blocks of it.
+pub fn block_fits(bytes: u64) -> bool {
+    bytes >= GRANULE && bytes.is_multiple_of(GRANULE) && EXTENT.is_multiple_of(bytes)
+}
+
 /// Measures, in a folder of its own that is removed. `progress` is told what is being done.
 ///
 /// # Errors
-/// [`Error::Space`], [`Error::Folder`]; io_uring refused, as there is no ceiling without it.
+/// [`Error::Space`], [`Error::Folder`]; [`Error::Misuse`] of a block that does not fit; io_uring
+/// refused, as there is no ceiling without it.
 pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report, Error> {
     let scratch = plan
         .folder
@@ -152,51 +160,40 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report, Error>
 }
 
 fn measure(plan: &Plan, folder: &Path, progress: &mut dyn FnMut(&str)) -> Result<Report, Error> {
+    if let Some(block) = plan.block.filter(|b| !block_fits(u64::from(*b))) {
+        return Err(Error::Misuse(format!("blocks of {block} bytes")));
+    }
     let extents = (plan.size / 2 / EXTENT).max(2 * SLICE / EXTENT);
-    let key = |part: u64| Key {
-        section: 0,
-        state: StateKind::Optim,
-        part: part as u32,
-    };
-    let layout = Layout::new("bench", 0, (0..extents).map(|p| (key(p), EXTENT, "bench")));
-    let system = |what: &str| {
-        let what = what.to_owned();
-        move |error: &dyn std::fmt::Display| Error::Misuse(format!("{what}: {error}"))
-    };
-    progress("writing the file once");
+    let keys = (0..2 * extents).map(|part| (key(part), EXTENT, "bench"));
+    let layout = Layout::new("bench", 0, keys);
     let mut options = Options::new([folder]);
     options.copies = Copies::One;
-    let tuning = Tuning {
+    let mut tuning = Tuning {
         io: IoChoice::Uring,
         sqpoll: plan.sqpoll,
         iopoll: plan.iopoll,
         ..Tuning::default()
     };
-    // The store gets its tuning when it is known; the bare loop shares the file behind it.
-    let start = Store::space(&layout, &options) + (64 << 20);
-    let data = crate::folders::data_path(folder);
-    let arena = Arena::new(SLICE).map_err(|e| system("memory")(&e))?;
     options.tuning = Some(tuning);
-    let made = Store::create(&arena, &layout, &options)?;
-    drop(made);
-    let mut bare = Bare::open(&data, start, extents * EXTENT, &arena, tuning)?;
-    bare.fill()?;
+    progress("writing the file once");
+    let data = crate::folders::data_path(folder);
+    let arena = Arena::new(SLICE)
+        .map_err(|error| Error::Misuse(format!("no memory to measure with: {error}")))?;
+    let store = StoreLoop::new(&arena, &layout, &options, plan.mix)?;
+    let mut bare = Bare::open(&data, store.places_of_bare(), &arena, tuning)?;
     let (trials, block, depth) = tune::tune(plan, &mut bare, progress)?;
-    let tuning = Tuning {
-        block,
-        depth,
-        ..tuning
-    };
-    bare.set(block, depth);
+    (tuning.block, tuning.depth) = (block, depth);
     let profile = if plan.block.is_none() && plan.depth.is_none() {
         tune::keep(&trials, block, depth, plan)
     } else {
         None
     };
-    options.tuning = Some(tuning);
-    let mut store = StoreLoop::new(&arena, &layout, &options, extents, plan.mix)?;
     progress("writing every extent of the store");
-    store.fill()?;
+    drop(store);
+    options.tuning = Some(tuning);
+    let mut store = StoreLoop::new(&arena, &layout, &options, plan.mix)?;
+    bare.set(block, depth);
+    bare.move_to(store.places_of_bare())?;
     let mut outcomes = Vec::new();
     for kind in [Kind::Read, Kind::Write, Kind::Mixed] {
         outcomes.push(compare(kind, plan, &mut bare, &mut store, progress)?);
@@ -300,6 +297,8 @@ struct StoreLoop {
     store: Store,
     slabs: Vec<Slab>,
     extents: u64,
+    /// From one extent of these to the next.
+    step: u64,
     next: [u64; 2],
     mix: (u32, u32),
     started: Vec<Instant>,
@@ -307,11 +306,11 @@ struct StoreLoop {
 }
 
 impl StoreLoop {
+    /// A new store, every extent of it written once.
     fn new(
         arena: &Arena,
         layout: &Layout,
         options: &Options,
-        extents: u64,
         mix: (u32, u32),
     ) -> Result<Self, Error> {
         let store = Store::create(arena, layout, options)?;
@@ -325,22 +324,30 @@ impl StoreLoop {
             bare::noise(&mut slab, number);
             slabs.push(slab);
         }
-        Ok(Self {
+        let keys = layout.items.len() as u64;
+        let mut all = Self {
             store,
             slabs_most: slabs.len(),
             slabs,
-            extents,
+            extents: keys,
+            step: 1,
             next: [0; 2],
             mix,
-            started: vec![Instant::now(); extents as usize],
-        })
+            started: vec![Instant::now(); keys as usize],
+        };
+        for _ in 0..(keys * EXTENT).div_ceil(SLICE) {
+            all.slice(Kind::Write)?;
+        }
+        // From now on every other extent is the bare loop's: where on a disk bytes lie changes its
+        // rate by more than a store does.
+        (all.extents, all.step, all.next) = (keys / 2, 2, [0; 2]);
+        Ok(all)
     }
 
-    fn fill(&mut self) -> Result<(), Error> {
-        for _ in 0..(self.extents * EXTENT).div_ceil(SLICE) {
-            self.slice(Kind::Write)?;
-        }
-        Ok(())
+    /// Where in the file the extents are that the store leaves to the bare loop.
+    fn places_of_bare(&self) -> Vec<u64> {
+        let keys = (0..self.extents).map(|n| key(n * self.step + 1));
+        keys.filter_map(|key| self.store.place(key)).collect()
     }
 
     fn slice(&mut self, kind: Kind) -> Result<Slice, Error> {
@@ -354,14 +361,9 @@ impl StoreLoop {
                 // Reads and writes go round, half a turn apart.
                 let next = &mut self.next[usize::from(write)];
                 let offset = if write { 0 } else { self.extents / 2 };
-                let part = (*next + offset) % self.extents;
+                let key = key((*next + offset) % self.extents * self.step);
                 *next += 1;
-                let key = Key {
-                    section: 0,
-                    state: StateKind::Optim,
-                    part: part as u32,
-                };
-                self.started[part as usize] = Instant::now();
+                self.started[key.part as usize] = Instant::now();
                 if write {
                     self.store.write(key, slab)?;
                 } else {
@@ -386,6 +388,14 @@ impl StoreLoop {
         slice.seconds = start.elapsed().as_secs_f64();
         slice.cpu_seconds = cpu_seconds() - cpu;
         Ok(slice)
+    }
+}
+
+fn key(part: u64) -> Key {
+    Key {
+        section: 0,
+        state: StateKind::Optim,
+        part: part as u32,
     }
 }
 

@@ -237,6 +237,12 @@ impl Store {
         self.owner.on_end(Box::new(notify));
     }
 
+    /// Where in its file the current version of a key is.
+    pub(crate) fn place(&self, key: Key) -> Option<u64> {
+        let found = self.catalog.layout.find(key)?;
+        self.catalog.entries[found].current.map(|e| e.offset)
+    }
+
     /// Whether a version of the key is there to be read.
     pub fn contains(&self, key: Key) -> bool {
         let found = self.catalog.layout.find(key);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use forebay::Bytes;
-use forebay::nvme::bench::{Interval, Outcome, Percentiles, Plan, Report, run};
+use forebay::nvme::bench::{Interval, Outcome, Percentiles, Plan, Report, block_fits, run};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -72,12 +72,10 @@ impl Nvme {
     fn run(&self) -> Result<(), String> {
         let block = match self.block {
             None => None,
-            Some(b) if b.0 > 0 && b.0.is_multiple_of(256 << 10) && b.0 <= 64 << 20 => {
-                Some(b.0 as u32)
-            }
+            Some(b) if block_fits(b.0) => Some(b.0 as u32),
             Some(b) => {
                 return Err(format!(
-                    "--block {b}: give a multiple of 256KiB up to 64MiB"
+                    "--block {b}: give 256KiB, 512KiB, 1MiB, 2MiB or 4MiB"
                 ));
             }
         };
