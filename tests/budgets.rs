@@ -12,7 +12,7 @@ fn a_budget_one_page_below_the_least_is_refused_with_the_least() {
     let decoder = decoder();
     let mut options = options(folder.path());
     options.placement = Policy::Disk;
-    let footprint = decoder.footprint(options.threads).unwrap();
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
     let refused = |options: &forebay::Options| {
         let model = decoder.model().clone();
         let seed = &mut forebay::RandomInit { seed: 1 };

@@ -53,7 +53,7 @@ impl Setup {
     /// Trains to the last step, publishing each; the bits of each step's loss.
     fn run(&self, disk: &SimDisk, bits: &mut Vec<(u64, u32)>) -> Result<()> {
         let options = self.on(disk);
-        let footprint = self.decoder.footprint(options.threads)?;
+        let footprint = self.decoder.footprint(options.target()?)?;
         let model = self.decoder.model().clone();
         let mut trainer = match Store::peek(&options.disk[0], disk) {
             Ok(_) => Trainer::resume(model, footprint, &options)?,
@@ -158,7 +158,7 @@ fn states_written_as_two_partitions_open_as_one_and_the_other_way() {
             setup.options.optimizer_chunk = Some(chunk);
             setup.options = with_budgets(setup.options, &setup.decoder);
             let options = setup.on(&disk);
-            let footprint = setup.decoder.footprint(options.threads).unwrap();
+            let footprint = setup.decoder.footprint(options.target().unwrap()).unwrap();
             let model = setup.decoder.model().clone();
             let mut trainer = match Store::peek(&options.disk[0], &disk) {
                 Ok(_) => Trainer::resume(model, footprint, &options).unwrap(),
@@ -193,7 +193,7 @@ fn damage_is_noticed_in_parts_that_are_put_together_too() {
     setup.options = with_budgets(setup.options, &setup.decoder);
     let open = || {
         let options = setup.on(&disk);
-        let footprint = setup.decoder.footprint(options.threads).unwrap();
+        let footprint = setup.decoder.footprint(options.target().unwrap()).unwrap();
         Trainer::resume(setup.decoder.model().clone(), footprint, &options)
     };
     let places: Vec<usize> = (at..contents.len()).step_by(40_009).collect();

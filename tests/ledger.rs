@@ -93,7 +93,7 @@ fn each_way_of_publishing_takes_the_space_that_it_says_and_gives_the_same_bits()
             let error = trainer.publish("").unwrap_err().to_string();
             assert!(error.contains("never"), "{error}");
             drop(trainer);
-            let footprint = decoder.footprint(1).unwrap();
+            let footprint = decoder.footprint(options.target().unwrap()).unwrap();
             let model = decoder.model().clone();
             let error = forebay::Trainer::resume(model, footprint, &options).unwrap_err();
             assert!(error.to_string().contains("write over"), "{error}");

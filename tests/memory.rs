@@ -159,10 +159,18 @@ fn steady_allocations(placement: Policy, clip: Option<f64>) -> u64 {
     }
     let folder = tempfile::tempdir().unwrap();
     let mut options = Options::new([folder.path().to_owned()]);
+    // Its operation has no other version.
+    options.device = forebay::DeviceChoice::Host;
     (options.placement, options.clip, options.threads) = (placement, clip, 2);
     options.optimizer_chunk = Some(4096);
     (options.device_budget, options.pinned_budget) = (Some(600 << 10), Some(1600 << 10));
-    let footprint = forebay::footprint(&model, Pass::Train, 2, walk).unwrap();
+    let footprint = forebay::footprint(
+        &model,
+        Pass::Train,
+        forebay::Target::Host { threads: 2 },
+        walk,
+    )
+    .unwrap();
     let mut seed = RandomInit { seed: 1 };
     let mut trainer = Trainer::create(model, footprint, &options, &mut seed).unwrap();
     let mut start = 0;

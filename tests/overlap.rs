@@ -67,6 +67,8 @@ fn ratio(lookahead: u32) -> f64 {
     }
     let folder = tempfile::tempdir().unwrap();
     let mut options = Options::new([folder.path().to_owned()]);
+    // Its operation has no other version.
+    options.device = forebay::DeviceChoice::Host;
     (options.threads, options.lookahead, options.clip) = (1, lookahead, None);
     options.placement = Policy::Auto;
     let section = (WIDTH * WIDTH) as u64;
@@ -77,7 +79,13 @@ fn ratio(lookahead: u32) -> f64 {
     let compute = STAGE.as_secs_f64() * 2.0 * f64::from(LAYERS);
     let bytes = 24 * section * u64::from(LAYERS);
     options.disk_throttle = Some((bytes as f64 / compute) as u64);
-    let footprint = forebay::footprint(&model, Pass::Train, 1, walk).unwrap();
+    let footprint = forebay::footprint(
+        &model,
+        Pass::Train,
+        forebay::Target::Host { threads: 1 },
+        walk,
+    )
+    .unwrap();
     let mut weights = RandomInit { seed: 1 };
     let mut trainer = Trainer::create(model, footprint, &options, &mut weights).unwrap();
     for _ in 0..8 {

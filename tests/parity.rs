@@ -53,7 +53,7 @@ fn ours(config: &str, weights: &Tensors, ids: &[u32], targets: &[u32], seq: usiz
     options.placement = Policy::Disk;
     options.threads = 2;
     (options.device_budget, options.pinned_budget) = (Some(8 << 20), Some(8 << 20));
-    let footprint = decoder.footprint(options.threads).unwrap();
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
     let model = decoder.model().clone();
     let mut trainer = Trainer::create(model, footprint, &options, &mut Given(weights)).unwrap();
 

@@ -61,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let data = Data::read(&data_paths(args), recipe.seq as usize)?;
     let decoder = Decoder::new(config, recipe.batch as usize, recipe.seq as usize)?;
     let mut options = options(args, &recipe, &disk)?;
-    let footprint = decoder.footprint(options.threads)?;
+    let footprint = decoder.footprint(options.target()?)?;
     choose_budgets(&decoder, footprint, args, &mut options)?;
     let ceilings = Ceilings::measure(&disk.folders, options.threads)?;
     let model = decoder.model().clone();

@@ -58,7 +58,7 @@
 //! # let folder = tempfile::tempdir().unwrap();
 //! let mut options = Options::new([folder.path().to_owned()]);
 //! (options.device_budget, options.pinned_budget) = (Some(1 << 20), Some(1 << 20));
-//! let needs = footprint(&model, Pass::Train, options.threads, |step| walk(step, &[0; 128]))?;
+//! let needs = footprint(&model, Pass::Train, options.target()?, |step| walk(step, &[0; 128]))?;
 //! let mut trainer = Trainer::create(model, needs, &options, &mut RandomInit { seed: 7 })?;
 //! let mut losses = Vec::new();
 //! for index in 0..200u32 {
@@ -81,6 +81,7 @@ mod model;
 mod operation;
 pub mod ops;
 mod queue;
+mod target;
 mod tensor;
 mod trainer;
 
@@ -89,10 +90,12 @@ pub use error::{Error, Result};
 pub use forebay_nvme as nvme;
 pub use forebay_prefetch::{Bound, Budgets, Traffic};
 pub use model::{Init, Model, Section, SectionId, Stage, StageId, TensorSpec};
-pub use operation::{Element, HostArgs, HostContext, Operation};
+pub use operation::{
+    CudaArgs, CudaContext, DeviceSlice, Element, HostArgs, HostContext, Operation,
+};
 pub use tensor::{DType, Shape, Tensor, TensorMut};
 pub use trainer::{
     AdamW, Ceilings, DeviceChoice, Finished, Footprint, Frame, HopReport, IoChoice, Options, Pass,
-    Policy, Publish, PublishCost, RandomInit, Report, StageLease, Step, TierReport, Trainer,
-    Weights, footprint, requirements, stored_user_text,
+    Policy, Publish, PublishCost, RandomInit, Report, StageLease, Step, Target, TierReport,
+    Trainer, Weights, footprint, requirements, stored_user_text,
 };

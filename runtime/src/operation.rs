@@ -31,6 +31,9 @@ use std::marker::PhantomData;
 use std::mem::{MaybeUninit, align_of, size_of};
 
 use forebay_kernels::cpu::Workers;
+use forebay_kernels::cuda::ops::Queue;
+use forebay_kernels::cuda::sys::CUstream;
+use forebay_kernels::cuda::{self, Kernels};
 
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor, TensorMut, View};
@@ -45,6 +48,83 @@ pub trait Operation: Copy + Send + 'static {
     /// # Errors
     /// A sentence on why it cannot; the device is lost from there on.
     fn host(&self, cx: &HostContext, args: HostArgs<'_>) -> Result<(), String>;
+
+    /// Queues it on the compute stream of a CUDA device, without waiting for it.
+    ///
+    /// # Errors
+    /// As for [`Operation::host`]. What does not say how it runs there cannot.
+    fn cuda(&self, cx: &CudaContext<'_>, args: CudaArgs<'_>) -> Result<(), String> {
+        let _ = (cx, args);
+        Err("it has no CUDA version; implement Operation::cuda, or use --device host".to_owned())
+    }
+}
+
+/// What a CUDA device offers to operations.
+#[derive(Debug)]
+pub struct CudaContext<'a> {
+    /// The device's kernels.
+    pub kernels: &'a Kernels,
+    /// The compute stream.
+    pub stream: CUstream,
+}
+
+impl<'a> CudaContext<'a> {
+    /// Where operations of one type are queued.
+    pub fn queue(&self, dtype: DType) -> Queue<'a> {
+        Queue {
+            kernels: self.kernels,
+            stream: self.stream,
+            element: match dtype {
+                DType::Bf16 => cuda::Element::Bf16,
+                DType::F32 | DType::U32 => cuda::Element::F32,
+            },
+        }
+    }
+}
+
+/// A tensor of a launch on a CUDA device.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceSlice {
+    /// Where it is in device memory.
+    pub address: u64,
+    /// How long it is.
+    pub elements: usize,
+    /// Of what.
+    pub dtype: DType,
+}
+
+/// The tensors of a launch as places in device memory, each handed out once, in order.
+#[derive(Debug)]
+pub struct CudaArgs<'a> {
+    inputs: std::slice::Iter<'a, View>,
+    outputs: std::slice::Iter<'a, View>,
+}
+
+impl CudaArgs<'_> {
+    /// The next input.
+    ///
+    /// # Errors
+    /// If there is none left.
+    pub fn input(&mut self) -> Result<DeviceSlice, String> {
+        place(self.inputs.next(), "input")
+    }
+
+    /// The next output.
+    ///
+    /// # Errors
+    /// If there is none left.
+    pub fn output(&mut self) -> Result<DeviceSlice, String> {
+        place(self.outputs.next(), "output")
+    }
+}
+
+fn place(view: Option<&View>, what: &str) -> Result<DeviceSlice, String> {
+    let view = view.ok_or_else(|| format!("takes one more {what} than it was given"))?;
+    Ok(DeviceSlice {
+        address: view.address,
+        elements: view.shape.elements(),
+        dtype: view.dtype,
+    })
 }
 
 /// What the host device offers to operations.
@@ -129,6 +209,7 @@ const VIEWS: usize = 12;
 pub(crate) struct Launch {
     payload: [MaybeUninit<u64>; PAYLOAD_WORDS],
     host: unsafe fn(*const u8, &HostContext, HostArgs<'_>) -> Result<(), String>,
+    cuda: unsafe fn(*const u8, &CudaContext<'_>, CudaArgs<'_>) -> Result<(), String>,
     name: &'static str,
     views: [MaybeUninit<View>; VIEWS],
     inputs: u8,
@@ -159,6 +240,16 @@ impl Launch {
             // SAFETY: by the contract above; `O` is `Copy`.
             unsafe { payload.cast::<O>().read() }.host(cx, args)
         }
+        /// # Safety
+        /// `payload` holds an `O`; the views of `args` are as `Launch::queue_on_cuda` demands.
+        unsafe fn cuda<O: Operation>(
+            payload: *const u8,
+            cx: &CudaContext<'_>,
+            args: CudaArgs<'_>,
+        ) -> Result<(), String> {
+            // SAFETY: by the contract above; `O` is `Copy`.
+            unsafe { payload.cast::<O>().read() }.cuda(cx, args)
+        }
         let name = operation.name();
         if inputs.len() + outputs.len() > VIEWS {
             let what = format!("takes at most {VIEWS} tensors");
@@ -178,6 +269,7 @@ impl Launch {
         let mut launch = Self {
             payload: [MaybeUninit::uninit(); PAYLOAD_WORDS],
             host: host::<O>,
+            cuda: cuda::<O>,
             name,
             views,
             inputs: inputs.len() as u8,
@@ -242,5 +334,20 @@ impl Launch {
         };
         // SAFETY: `new` stored the operation that `host` was made for; views by our contract.
         unsafe { (self.host)(self.payload.as_ptr().cast(), cx, args) }
+    }
+
+    /// Queues it on a CUDA stream.
+    ///
+    /// # Safety
+    /// Every view is memory of the context's device, and until the stream has come past it nobody
+    /// unordered with the stream writes an input or touches an output.
+    pub(crate) unsafe fn queue_on_cuda(&self, cx: &CudaContext<'_>) -> Result<(), String> {
+        let (inputs, outputs) = self.slices();
+        let args = CudaArgs {
+            inputs: inputs.iter(),
+            outputs: outputs.iter(),
+        };
+        // SAFETY: `new` stored the operation that `cuda` was made for; views by our contract.
+        unsafe { (self.cuda)(self.payload.as_ptr().cast(), cx, args) }
     }
 }

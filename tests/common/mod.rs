@@ -42,7 +42,7 @@ pub(crate) fn options(folder: &Path) -> Options {
 /// Gives options the budgets that a placement calls for: for `Auto` half of what is between the
 /// least and all.
 pub(crate) fn with_budgets(mut options: Options, decoder: &Decoder) -> Options {
-    let footprint = decoder.footprint(options.threads).unwrap();
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
     let needs = |policy| {
         let options = Options {
             placement: policy,
@@ -83,13 +83,13 @@ pub(crate) fn tokens(step: u64) -> (Vec<u32>, Vec<u32>) {
 }
 
 pub(crate) fn create(decoder: &Decoder, options: &Options) -> Trainer {
-    let footprint = decoder.footprint(options.threads).unwrap();
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
     let model = decoder.model().clone();
     Trainer::create(model, footprint, options, &mut RandomInit { seed: 5 }).unwrap()
 }
 
 pub(crate) fn resume(decoder: &Decoder, options: &Options) -> Trainer {
-    let footprint = decoder.footprint(options.threads).unwrap();
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
     Trainer::resume(decoder.model().clone(), footprint, options).unwrap()
 }
 

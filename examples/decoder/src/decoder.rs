@@ -3,7 +3,7 @@
 use forebay::ops::{self, ClassifierGrads, IGNORED};
 use forebay::{
     Error, Footprint, Init, Model, Pass, Result, Section, SectionId, Stage, StageId, StageLease,
-    Step, TensorMut, footprint,
+    Step, Target, TensorMut, footprint,
 };
 
 use crate::config::Config;
@@ -117,23 +117,23 @@ impl Decoder {
         &self.config
     }
 
-    /// What a step of this decoder needs besides its sections.
+    /// What a step of this decoder needs besides its sections, on what [`forebay::Options::target`] says.
     ///
     /// # Errors
     /// None that a decoder that could be made would give.
-    pub fn footprint(&self, threads: usize) -> Result<Footprint> {
+    pub fn footprint(&self, target: Target) -> Result<Footprint> {
         let zeros = vec![0; self.batch * self.seq];
         let batch = Batch {
             ids: &zeros,
             targets: &zeros,
         };
-        let train = footprint(&self.model, Pass::Train, threads, |step| {
+        let train = footprint(&self.model, Pass::Train, target, |step| {
             self.train_step(step, &batch)
         })?;
-        let loss = footprint(&self.model, Pass::Eval, threads, |step| {
+        let loss = footprint(&self.model, Pass::Eval, target, |step| {
             self.eval_loss(step, &batch).map(|_| ())
         })?;
-        let logits = footprint(&self.model, Pass::Eval, threads, |step| {
+        let logits = footprint(&self.model, Pass::Eval, target, |step| {
             self.logits(step, &zeros, self.seq, Positions::All)
                 .map(|_| ())
         })?;

@@ -1,7 +1,7 @@
 //! The decoder on the real trainer: both families learn, and what it measures of itself is true.
 #![allow(clippy::unwrap_used)]
 
-use forebay::{Options, RandomInit, Trainer};
+use forebay::{DeviceChoice, Options, RandomInit, Target, Trainer};
 use forebay_decoder::{Batch, Config, Decoder, Family, Positions};
 
 fn config(family: Family, tied: bool) -> Config {
@@ -23,7 +23,7 @@ fn open(decoder: &Decoder, folder: &std::path::Path) -> Trainer {
     let mut options = Options::new([folder.to_owned()]);
     options.threads = 2;
     (options.device_budget, options.pinned_budget) = (Some(4 << 20), Some(4 << 20));
-    let footprint = decoder.footprint(options.threads).unwrap();
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
     let mut seed = RandomInit { seed: 3 };
     Trainer::create(decoder.model().clone(), footprint, &options, &mut seed).unwrap()
 }
@@ -77,7 +77,7 @@ fn both_families_learn_a_pattern_and_then_predict_it() {
 fn the_footprint_is_what_a_step_really_uses() {
     let folder = tempfile::tempdir().unwrap();
     let decoder = Decoder::new(config(Family::Qwen3, false), 2, 20).unwrap();
-    let footprint = decoder.footprint(2).unwrap();
+    let footprint = decoder.footprint(Target::Host { threads: 2 }).unwrap();
     let options = Options {
         threads: 2,
         ..Options::new([folder.path().to_owned()])
@@ -86,7 +86,7 @@ fn the_footprint_is_what_a_step_really_uses() {
     less.scratch_bytes -= 4096;
     let run = |footprint, folder: &std::path::Path| -> forebay::Result<()> {
         let mut options = Options::new([folder.to_owned()]);
-        options.threads = 2;
+        (options.threads, options.device) = (2, DeviceChoice::Host);
         (options.device_budget, options.pinned_budget) = (Some(4 << 20), Some(4 << 20));
         let mut seed = RandomInit { seed: 3 };
         let mut trainer = Trainer::create(decoder.model().clone(), footprint, &options, &mut seed)?;

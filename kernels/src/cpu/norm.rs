@@ -6,8 +6,13 @@ use super::shared::Shared;
 use super::workers::Workers;
 
 /// Pieces that a sum is cut into, whatever its length and the number of threads.
-const PIECES: usize = 64;
+pub(crate) const PIECES: usize = 64;
 const LANES: usize = 8;
+
+/// Values of a piece.
+pub(crate) fn piece_of(len: usize) -> usize {
+    len.div_ceil(PIECES).next_multiple_of(LANES)
+}
 
 /// The values of a gradient.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +51,7 @@ pub fn square_sum(workers: &Workers, values: NormIn<'_>) -> SquareSum {
         NormIn::F32(v) => v.len(),
         NormIn::Bf16(v) => v.len(),
     };
-    let piece = len.div_ceil(PIECES).next_multiple_of(LANES);
+    let piece = piece_of(len);
     let mut sums = [0.0; PIECES];
     let shared = Shared::new(&mut sums);
     workers.run(PIECES, &|i, _| {

@@ -2,14 +2,30 @@
 //! and launches. The engine never asks which device it has.
 //!
 //! Everything a stream is given runs in order on that stream and nothing else orders anything:
-//! two streams are ordered by [`Device::wait`] alone. `host` gives a CPU this shape.
+//! two streams are ordered by [`Device::wait`] alone. `cuda` is a GPU; `host` gives a CPU its shape.
 
+pub(crate) mod cuda;
 pub(crate) mod host;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Result;
 use crate::operation::Launch;
+use crate::queue::Notifier;
+use crate::target::Target;
+
+/// Opens the device of a target with a block of `budget` bytes.
+pub(crate) fn open(
+    target: Target,
+    budget: u64,
+    notifier: &Arc<Notifier>,
+) -> Result<Box<dyn Device>> {
+    Ok(match target {
+        Target::Host { threads } => Box::new(host::HostDevice::new(budget, threads, notifier)?),
+        Target::Cuda => Box::new(cuda::CudaDevice::new(budget, notifier)?),
+    })
+}
 
 /// The streams of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +45,15 @@ pub(crate) struct Event {
     pub(crate) seq: u64,
 }
 
+impl Span {
+    /// Whether `other` lies inside.
+    pub(crate) fn contains(&self, other: Span) -> bool {
+        other.address >= self.address
+            && other.bytes <= self.bytes
+            && other.address - self.address <= self.bytes - other.bytes
+    }
+}
+
 /// A place in device memory, by address and length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
@@ -44,6 +69,12 @@ pub(crate) trait Device: Send {
     /// The one block of memory that is its budget.
     fn memory(&self) -> Span;
 
+    /// Makes page-locked memory known to the device, so that copies from and to it run by themselves.
+    ///
+    /// # Safety
+    /// The memory stays mapped as long as the device lives.
+    unsafe fn pin(&mut self, base: *mut u8, bytes: u64) -> Result<()>;
+
     /// Queues a copy into device memory on `stream` and returns the event of its end.
     ///
     /// # Safety
@@ -58,27 +89,27 @@ pub(crate) trait Device: Send {
     /// `from` lies in [`Device::memory`] and nothing unordered with `stream` writes it.
     unsafe fn copy_out(&mut self, stream: Stream, from: Span, target: *mut u8) -> Event;
 
-    /// Queues a copy within device memory on the compute stream.
+    /// Queues a copy within device memory on the compute stream; [`Device::newest`] gives its event.
     ///
     /// # Safety
     /// As for [`Device::launch`].
-    unsafe fn copy(&mut self, from: u64, to: Span) -> Event;
+    unsafe fn copy(&mut self, from: u64, to: Span);
 
-    /// Queues an operation on the compute stream.
+    /// Queues an operation on the compute stream; [`Device::newest`] gives its event.
     ///
     /// # Safety
     /// Its views lie in [`Device::memory`]; what it writes overlaps no other view of it; and
     /// nothing unordered with the compute stream touches them.
-    unsafe fn launch(&mut self, launch: Launch) -> Event;
+    unsafe fn launch(&mut self, launch: Launch);
 
-    /// Queues zeros into `span` on the compute stream.
+    /// Queues zeros into `span` on the compute stream; [`Device::newest`] gives its event.
     ///
     /// # Safety
     /// As for [`Device::launch`].
-    unsafe fn zero(&mut self, span: Span) -> Event;
+    unsafe fn zero(&mut self, span: Span);
 
     /// Everything queued so far on `stream`.
-    fn newest(&self, stream: Stream) -> Event;
+    fn newest(&mut self, stream: Stream) -> Event;
 
     /// What is queued on `stream` from here on starts after `event`.
     fn wait(&mut self, stream: Stream, event: Event);
@@ -92,9 +123,12 @@ pub(crate) trait Device: Send {
     /// Blocks until all streams are empty. Returns on a failed device too.
     fn drain(&self);
 
-    /// Threads that operations are spread over, for the sizes of workspaces.
-    fn threads(&self) -> usize;
+    /// What operations run on, for the sizes of workspaces.
+    fn target(&self) -> Target;
 
     /// Time that `stream` has spent working so far.
     fn busy(&self, stream: Stream) -> Duration;
 }
+
+#[cfg(test)]
+mod tests;

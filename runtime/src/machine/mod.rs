@@ -104,15 +104,34 @@ pub fn examine(disks: &[PathBuf]) -> Vec<Fact> {
 }
 
 fn gpu() -> Fact {
-    if Path::new("/dev/nvidia0").exists() {
-        let mend = "nothing to do: --device auto takes the host; the GPU comes in a later version";
-        Fact::poor(
-            "GPU",
-            "one is present; this version computes on the host device",
-            mend,
-        )
-    } else {
-        Fact::good("GPU", "none; everything runs on the host device")
+    use forebay_kernels::cuda;
+    let present = Path::new("/dev/nvidia0").exists();
+    let found = match cuda::probe() {
+        Ok(found) => found,
+        Err(_) if !present => return Fact::good("GPU", "none; everything runs on the host device"),
+        Err(error) => {
+            let mend =
+                "install the NVIDIA driver (525 or newer); until then the host device computes";
+            return Fact::poor("GPU", error.to_string(), mend);
+        }
+    };
+    let version = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+    let value = format!(
+        "{}, {} free of {}, compute capability {}.{}; driver for CUDA {}",
+        found.name,
+        Bytes(found.free_bytes),
+        Bytes(found.total_bytes),
+        found.capability.0,
+        found.capability.1,
+        version(found.driver)
+    );
+    if found.capability.0 < 8 {
+        let mend = "kernels need compute capability 8.0 (Ampere); the host device computes";
+        return Fact::poor("GPU", value, mend);
+    }
+    match cuda::libraries() {
+        Ok(()) => Fact::good("GPU", format!("{value}; NVRTC and cuBLASLt found")),
+        Err(error) => Fact::poor("GPU", value, error.to_string()),
     }
 }
 

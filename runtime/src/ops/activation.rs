@@ -1,10 +1,11 @@
 //! Gated activations.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::expect_tensor;
+use super::{expect_tensor, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Tensor, TensorMut};
 use crate::trainer::Step;
 
@@ -21,6 +22,13 @@ impl Operation for Forward {
         host::swiglu(&cx.workers, gate, up, args.output()?);
         Ok(())
     }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (gate, up, out) = (args.input()?, args.input()?, args.output()?);
+        let q = cx.queue(out.dtype);
+        // SAFETY: as many elements each (checked by `swiglu`), on the device.
+        words(unsafe { cuda::swiglu(q, gate.address, up.address, out.address, out.elements) })
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -35,6 +43,15 @@ impl Operation for Backward {
         let (gate, up, dout) = (args.input()?, args.input()?, args.input()?);
         host::swiglu_backward(&cx.workers, gate, up, dout, args.output()?, args.output()?);
         Ok(())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (gate, up, dout) = (args.input()?, args.input()?, args.input()?);
+        let (dgate, dup) = (args.output()?, args.output()?);
+        let from = [gate.address, up.address, dout.address];
+        let to = [dgate.address, dup.address];
+        // SAFETY: as many elements each (checked by `swiglu_backward`), on the device.
+        words(unsafe { cuda::swiglu_backward(cx.queue(dout.dtype), from, to, dout.elements) })
     }
 }
 

@@ -1,10 +1,11 @@
 //! Causal self-attention with grouped heads.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::expect_tensor;
+use super::{expect_tensor, scratch, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Tensor, TensorMut};
 use crate::trainer::Step;
 
@@ -23,6 +24,15 @@ impl Operation for Forward {
         let (out, lse, scratch) = (args.output()?, args.output()?, args.output()?);
         host::attention(&cx.workers, self.0, q, k, v, out, lse, scratch);
         Ok(())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (q, k, v) = (args.input()?, args.input()?, args.input()?);
+        let (out, lse) = (args.output()?, args.output()?);
+        let from = [q.address, k.address, v.address];
+        let queue = cx.queue(out.dtype);
+        // SAFETY: the shapes fit (checked by `attention`), on the device.
+        words(unsafe { cuda::attention(queue, self.0, from, out.address, lse.address) })
     }
 }
 
@@ -45,6 +55,17 @@ impl Operation for Backward {
         );
         host::attention_backward(&cx.workers, self.0, qkv, rest, dq, dk, dv, scratch);
         Ok(())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let mut input = || args.input().map(|place| (place.address, place.dtype));
+        let ((q, dtype), (k, _), (v, _)) = (input()?, input()?, input()?);
+        let rest = [input()?.0, input()?.0, input()?.0];
+        let mut output = || args.output().map(|place| place.address);
+        let (grads, room) = ([output()?, output()?, output()?], output()?);
+        let queue = cx.queue(dtype);
+        // SAFETY: the shapes fit (checked by `attention_backward`), on the device.
+        words(unsafe { cuda::attention_backward(queue, self.0, [q, k, v], rest, grads, room) })
     }
 }
 
@@ -109,7 +130,8 @@ pub fn attention(
     let rows = [shape.batch, shape.heads, shape.seq];
     expect_tensor(name, "lse", (lse.shape(), lse.dtype()), rows, DType::F32)?;
     let frame = step.frame();
-    let mut scratch = frame.tensor([host::attention_scratch(shape, step.threads())])?;
+    let floats = |threads| host::attention_scratch(shape, threads);
+    let mut scratch = scratch(step, &frame, floats, || 0)?;
     step.launch(
         Forward(shape),
         &[*q, *k, *v],
@@ -142,7 +164,9 @@ pub fn attention_backward(
         )?;
     }
     let frame = step.frame();
-    let mut scratch = frame.tensor([host::attention_scratch(shape, step.threads())])?;
+    let floats = |threads| host::attention_scratch(shape, threads);
+    let bytes = || cuda::attention_backward_scratch(shape);
+    let mut scratch = scratch(step, &frame, floats, bytes)?;
     let inputs = [*q, *k, *v, output.out, output.lse, *dout];
     step.launch(
         Backward(shape),

@@ -1,10 +1,12 @@
 //! The classifier with its loss.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::Element;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect, expect_tensor};
+use super::{expect, expect_tensor, scratch, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Tensor, TensorMut};
 use crate::trainer::Step;
 
@@ -37,6 +39,20 @@ impl Operation for CrossEntropy {
         let (w, loss) = (&cx.workers, &mut loss[0]);
         host::cross_entropy(w, dims, x, weight, targets, scale, loss, grads, scratch)
             .map_err(|e| e.to_string())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (x, weight, targets) = (args.input()?, args.input()?, args.input()?);
+        let (loss, scratch) = (args.output()?, args.output()?);
+        let grads = if self.grads {
+            Some([args.output()?.address, args.output()?.address])
+        } else {
+            None
+        };
+        let from = [x.address, weight.address, targets.address];
+        let (q, to, room) = (cx.queue(x.dtype), loss.address, scratch.address);
+        // SAFETY: the shapes fit (checked by `cross_entropy`), on the device.
+        words(unsafe { cuda::cross_entropy(q, self.dims, from, self.scale, to, grads, room) })
     }
 }
 
@@ -89,7 +105,9 @@ pub fn cross_entropy(
         vocabulary,
     };
     let frame = step.frame();
-    let mut scratch = frame.tensor([host::cross_entropy_scratch(dims, step.threads())])?;
+    let floats = |threads| host::cross_entropy_scratch(dims, threads);
+    let bytes = || cuda::cross_entropy_scratch(Element::F32, dims);
+    let mut scratch = scratch(step, &frame, floats, bytes)?;
     let op = CrossEntropy {
         dims,
         scale,

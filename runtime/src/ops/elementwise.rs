@@ -1,10 +1,11 @@
 //! Sums.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::expect_tensor;
+use super::{expect_tensor, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Tensor, TensorMut};
 use crate::trainer::Step;
 
@@ -21,6 +22,13 @@ impl Operation for Add {
         host::add(&cx.workers, a, b, args.output()?);
         Ok(())
     }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (a, b, out) = (args.input()?, args.input()?, args.output()?);
+        let q = cx.queue(out.dtype);
+        // SAFETY: as many elements each (checked by `add`), on the device.
+        words(unsafe { cuda::add(q, a.address, b.address, out.address, out.elements) })
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -35,6 +43,13 @@ impl Operation for AddAssign {
         let x = args.input()?;
         host::add_assign(&cx.workers, args.output()?, x);
         Ok(())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (x, y) = (args.input()?, args.output()?);
+        let q = cx.queue(y.dtype);
+        // SAFETY: as many elements each (checked by `add_assign`), on the device.
+        words(unsafe { cuda::add(q, y.address, x.address, y.address, y.elements) })
     }
 }
 

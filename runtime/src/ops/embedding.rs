@@ -1,10 +1,11 @@
 //! Rows of a table by token id.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect, expect_tensor};
+use super::{expect, expect_tensor, scratch, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Shape, Tensor, TensorMut};
 use crate::trainer::Step;
 
@@ -23,6 +24,15 @@ impl Operation for Forward {
         host::embedding(&cx.workers, self.cols, ids, table, args.output()?)
             .map_err(|e| e.to_string())
     }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (ids, table, out) = (args.input()?, args.input()?, args.output()?);
+        let size = (table.elements / self.cols, self.cols);
+        let q = cx.queue(out.dtype);
+        let (from, to) = (table.address, out.address);
+        // SAFETY: the sizes fit (checked by `embedding`), on the device.
+        words(unsafe { cuda::embedding(q, size, ids.address, ids.elements, from, to) })
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -39,6 +49,17 @@ impl Operation for Backward {
         let (ids, dout) = (args.input()?, args.input()?);
         host::embedding_backward(&cx.workers, self.cols, ids, dout, args.output()?)
             .map_err(|e| e.to_string())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (ids, dout) = (args.input()?, args.input()?);
+        let (dtable, scratch) = (args.output()?, args.output()?);
+        let size = (dtable.elements / self.cols, self.cols);
+        let q = cx.queue(dout.dtype);
+        let (from, to) = (dout.address, dtable.address);
+        let (at, n) = (ids.address, ids.elements);
+        // SAFETY: the sizes fit (checked by `embedding_backward`), on the device.
+        words(unsafe { cuda::embedding_backward(q, size, at, n, from, to, scratch.address) })
     }
 }
 
@@ -85,5 +106,9 @@ pub fn embedding_backward(
     dtable: &mut TensorMut<'_>,
 ) -> Result<()> {
     let cols = cols("embedding_backward", ids, dtable.shape(), dout.shape())?;
-    step.launch(Backward { cols }, &[*ids, *dout], &[dtable.reborrow()])
+    let frame = step.frame();
+    let bytes = || cuda::embedding_backward_scratch(ids.shape().elements());
+    let mut scratch = scratch(step, &frame, |_| 0, bytes)?;
+    let outputs = [dtable.reborrow(), scratch.reborrow()];
+    step.launch(Backward { cols }, &[*ids, *dout], &outputs)
 }

@@ -1,10 +1,11 @@
 //! Linear layers without bias.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::{Assign, expect};
+use super::{Assign, expect, scratch, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{Shape, Tensor, TensorMut};
 use crate::trainer::Step;
 
@@ -43,6 +44,32 @@ impl Operation for Linear {
         }
         Ok(())
     }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (a, b) = (args.input()?, args.input()?);
+        let (out, scratch) = (args.output()?, args.output()?);
+        let (q, d) = (cx.queue(a.dtype), self.dims);
+        let (all, room) = ([a.address, b.address, out.address], scratch.address);
+        // SAFETY: the sizes fit (checked by `dims`), on the device.
+        words(unsafe {
+            match self.which {
+                Which::Forward => cuda::linear(q, d, all[0], all[1], all[2], room),
+                Which::Dx(assign) => cuda::linear_dx(q, d, all, assign == Assign::Add, room),
+                Which::Dw => cuda::linear_dw(q, d, all, room),
+            }
+        })
+    }
+}
+
+fn launch(
+    step: &Step<'_>,
+    linear: Linear,
+    inputs: [Tensor<'_>; 2],
+    out: &mut TensorMut<'_>,
+) -> Result<()> {
+    let frame = step.frame();
+    let mut scratch = scratch(step, &frame, |_| 0, || cuda::linear_scratch(linear.dims))?;
+    step.launch(linear, &inputs, &[out.reborrow(), scratch.reborrow()])
 }
 
 /// Tokens, outputs and inputs, where x is `[.., k]`, weight `[n, k]` and y `[.., n]`.
@@ -64,7 +91,7 @@ fn dims(name: &'static str, x: Shape, weight: Shape, y: Shape) -> Result<(usize,
 /// `y = x · weightᵀ`: x is `[.., k]`, weight `[n, k]`, y `[.., n]`.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape).
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Scratch`](crate::Error::Scratch).
 pub fn linear(
     step: &Step<'_>,
     x: &Tensor<'_>,
@@ -72,20 +99,14 @@ pub fn linear(
     y: &mut TensorMut<'_>,
 ) -> Result<()> {
     let dims = dims("linear", x.shape(), weight.shape(), y.shape())?;
-    step.launch(
-        Linear {
-            which: Which::Forward,
-            dims,
-        },
-        &[*x, *weight],
-        &[y.reborrow()],
-    )
+    let which = Which::Forward;
+    launch(step, Linear { which, dims }, [*x, *weight], y)
 }
 
 /// `dx = dy · weight`, or added to dx: dy is `[.., n]`, weight `[n, k]`, dx `[.., k]`.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape).
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Scratch`](crate::Error::Scratch).
 pub fn linear_dx(
     step: &Step<'_>,
     dy: &Tensor<'_>,
@@ -94,20 +115,14 @@ pub fn linear_dx(
     assign: Assign,
 ) -> Result<()> {
     let dims = dims("linear_dx", dx.shape(), weight.shape(), dy.shape())?;
-    step.launch(
-        Linear {
-            which: Which::Dx(assign),
-            dims,
-        },
-        &[*dy, *weight],
-        &[dx.reborrow()],
-    )
+    let which = Which::Dx(assign);
+    launch(step, Linear { which, dims }, [*dy, *weight], dx)
 }
 
 /// `dweight += dyᵀ · x`: x is `[.., k]`, dy `[.., n]`, dweight `[n, k]`.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape).
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Scratch`](crate::Error::Scratch).
 pub fn linear_dw(
     step: &Step<'_>,
     x: &Tensor<'_>,
@@ -115,12 +130,6 @@ pub fn linear_dw(
     dweight: &mut TensorMut<'_>,
 ) -> Result<()> {
     let dims = dims("linear_dw", x.shape(), dweight.shape(), dy.shape())?;
-    step.launch(
-        Linear {
-            which: Which::Dw,
-            dims,
-        },
-        &[*x, *dy],
-        &[dweight.reborrow()],
-    )
+    let which = Which::Dw;
+    launch(step, Linear { which, dims }, [*x, *dy], dweight)
 }

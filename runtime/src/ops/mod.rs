@@ -26,7 +26,9 @@ pub use norm::{rms_norm, rms_norm_backward};
 pub use rope::{Rotation, rope};
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Shape};
+use crate::target::Target;
+use crate::tensor::{DType, Shape, TensorMut};
+use crate::trainer::{Frame, Step};
 
 /// Whether a backward operation overwrites its result or adds to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,4 +66,22 @@ fn expect_tensor(
             got.1, got.0
         )
     })
+}
+
+/// What a CUDA kernel refused, in words.
+fn words(done: Result<(), forebay_kernels::cuda::CudaError>) -> Result<(), String> {
+    done.map_err(|error| error.to_string())
+}
+
+/// Memory for an operation to work in: floats on the host device, bytes on a CUDA device.
+fn scratch<'f>(
+    step: &Step<'_>,
+    frame: &'f Frame<'_>,
+    host_floats: impl FnOnce(usize) -> usize,
+    cuda_bytes: impl FnOnce() -> usize,
+) -> Result<TensorMut<'f>> {
+    frame.tensor([match step.target() {
+        Target::Host { threads } => host_floats(threads),
+        Target::Cuda => cuda_bytes().div_ceil(DType::F32.bytes()),
+    }])
 }

@@ -1,10 +1,11 @@
 //! RMSNorm.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::{Assign, expect};
+use super::{Assign, expect, scratch, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{Shape, Tensor, TensorMut};
 use crate::trainer::Step;
 
@@ -31,6 +32,16 @@ impl Operation for Forward {
         );
         Ok(())
     }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (x, weight, y) = (args.input()?, args.input()?, args.output()?);
+        let size = (x.elements / self.cols, self.cols);
+        let q = cx.queue(y.dtype);
+        // SAFETY: the sizes fit (checked by `rms_norm`), on the device.
+        let done =
+            unsafe { cuda::rms_norm(q, size, x.address, weight.address, self.eps, y.address) };
+        words(done)
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -53,6 +64,19 @@ impl Operation for Backward {
             w, self.cols, x, weight, self.eps, dy, dx, add, dweight, scratch,
         );
         Ok(())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let (x, weight, dy) = (args.input()?, args.input()?, args.input()?);
+        let (dx, dweight, scratch) = (args.output()?, args.output()?, args.output()?);
+        let from = [x.address, weight.address, dy.address];
+        let size = (x.elements / self.cols, self.cols);
+        let (q, add) = (cx.queue(dx.dtype), self.assign == Assign::Add);
+        let (to, dw) = (dx.address, dweight.address);
+        // SAFETY: the sizes fit (checked by `rms_norm_backward`), on the device.
+        words(unsafe {
+            cuda::rms_norm_backward(q, size, from, self.eps, to, add, dw, scratch.address)
+        })
     }
 }
 
@@ -105,7 +129,9 @@ pub fn rms_norm_backward(
         format!("weight {:?}, dweight {:?}", weight.shape(), dweight.shape())
     })?;
     let frame = step.frame();
-    let mut scratch = frame.tensor([host::rms_norm_backward_scratch(cols)])?;
+    let floats = |_| host::rms_norm_backward_scratch(cols);
+    let bytes = || cuda::rms_norm_backward_scratch(cols);
+    let mut scratch = scratch(step, &frame, floats, bytes)?;
     let op = Backward { cols, eps, assign };
     step.launch(
         op,

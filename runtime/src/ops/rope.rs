@@ -1,10 +1,11 @@
 //! Rotary position embedding.
 
 use forebay_kernels::cpu::ops as host;
+use forebay_kernels::cuda::ops as cuda;
 
-use super::expect;
+use super::{expect, words};
 use crate::error::Result;
-use crate::operation::{HostArgs, HostContext, Operation};
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::TensorMut;
 use crate::trainer::Step;
 
@@ -29,6 +30,14 @@ impl Operation for Rope {
             self.direction,
         );
         Ok(())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let x = args.output()?;
+        let tokens = x.elements / (self.dims.heads * self.dims.head_dim);
+        let q = cx.queue(x.dtype);
+        // SAFETY: whole sequences (checked by `rope`), on the device.
+        words(unsafe { cuda::rope(q, self.dims, x.address, tokens, self.direction) })
     }
 }
 

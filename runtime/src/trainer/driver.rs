@@ -13,6 +13,7 @@ use crate::device::{Span, Stream};
 use crate::error::{Error, Result};
 use crate::model::StageId;
 use crate::operation::Launch;
+use crate::target::Target;
 use crate::tensor::View;
 
 impl Driver for Engine {
@@ -126,8 +127,8 @@ impl Driver for Engine {
         Ok(())
     }
 
-    fn threads(&self) -> usize {
-        self.device.threads()
+    fn target(&self) -> Target {
+        self.device.target()
     }
 
     fn finish(&mut self) -> Result<Finished> {

@@ -6,6 +6,7 @@ use crate::device::Span;
 use crate::error::Result;
 use crate::model::{Model, SectionId, Stage, StageId};
 use crate::operation::Launch;
+use crate::target::Target;
 use crate::tensor::View;
 
 /// What a pass over the model needs besides its sections, in bytes.
@@ -47,14 +48,15 @@ impl Pass {
 }
 
 /// Walks `pass` through once without a device or memory, and measures what it asks for: a trainer
-/// need not count its scratch memory by hand. `threads` as in the trainer's options.
+/// need not count its scratch memory by hand. `target` is what the trainer's
+/// options say: [`Options::target`](crate::Options::target).
 ///
 /// # Errors
 /// Whatever `walk` returns, wrong shapes and stages out of order included.
 pub fn footprint(
     model: &Model,
     pass: Pass,
-    threads: usize,
+    target: Target,
     walk: impl FnOnce(&Step<'_>) -> Result<()>,
 ) -> Result<Footprint> {
     // Addresses far from each other and from zero, so that overlap checks mean something.
@@ -63,7 +65,7 @@ pub fn footprint(
         bytes: 1 << 60,
     });
     let mut dry = Dry {
-        threads,
+        target,
         input_bytes: 0,
     };
     let step = Step::new(&mut dry, &mut scratch, model, pass.stages(model));
@@ -76,7 +78,7 @@ pub fn footprint(
 }
 
 struct Dry {
-    threads: usize,
+    target: Target,
     input_bytes: u64,
 }
 
@@ -111,8 +113,8 @@ impl Driver for Dry {
         out.fill(0.0);
         Ok(())
     }
-    fn threads(&self) -> usize {
-        self.threads
+    fn target(&self) -> Target {
+        self.target
     }
     fn finish(&mut self) -> Result<Finished> {
         Ok(Finished {

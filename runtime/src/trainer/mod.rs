@@ -15,7 +15,7 @@ mod update;
 mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
-pub use options::{AdamW, DeviceChoice, IoChoice, Options, Policy, Publish};
+pub use options::{AdamW, DeviceChoice, IoChoice, Options, Policy, Publish, Target};
 pub use report::{Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
 pub use weights::{RandomInit, Weights};
@@ -29,8 +29,7 @@ use forebay_prefetch as order;
 use forebay_prefetch::{GradHome, Placement, Plan, SectionId, Tier, Timing};
 use serde::{Deserialize, Serialize};
 
-use crate::device::Device;
-use crate::device::host::HostDevice;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::machine;
 use crate::model::Model;
@@ -114,15 +113,17 @@ impl Trainer {
     }
 
     fn open(model: Model, footprint: Footprint, options: &Options, resume: bool) -> Result<Self> {
-        options.device.check()?;
+        let target = options.target()?;
         model.validate()?;
         let order_model = model.order(DType::F32);
         let budgets = budgets(options)?;
         let placement = place(&order_model, footprint, options, budgets)?;
         let (store_layout, store_options) = disk(&model, &order_model, &placement, options);
         let notifier = Arc::new(Notifier::default());
-        let device = HostDevice::new(placement.device_bytes(), options.threads, &notifier)?;
         let arena = Arena::new(placement.pinned_bytes())?;
+        let mut device = device::open(target, placement.device_bytes(), &notifier)?;
+        // SAFETY: the device goes before the arena, here and in the engine.
+        unsafe { device.pin(arena.base(), arena.capacity())? };
         let places = Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
         let open = if resume { Store::open } else { Store::create };
         let store = open(&arena, &store_layout, &store_options)?;
@@ -152,7 +153,7 @@ impl Trainer {
                 workers,
                 isa: Isa::best(),
             },
-            device: Box::new(device),
+            device,
             adam: options.optimizer,
             clip: options.clip,
             publish: options.publish,

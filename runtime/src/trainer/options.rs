@@ -8,45 +8,8 @@ pub use forebay_nvme::IoChoice;
 use forebay_nvme::medium::Medium;
 pub use forebay_prefetch::Policy;
 
-use crate::error::{Error, Result};
-
-/// Which device computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// The GPU where one can be driven, else the host.
-    #[default]
-    Auto,
-    /// The CPU in the shape of a GPU.
-    Host,
-    /// An NVIDIA GPU.
-    Cuda,
-}
-
-impl DeviceChoice {
-    /// Refuses what this version cannot drive.
-    pub(crate) fn check(self) -> Result<()> {
-        match self {
-            Self::Auto | Self::Host => Ok(()),
-            Self::Cuda => Err(Error::NoDevice {
-                wanted: "cuda",
-                why: "this version computes on the host device only".to_owned(),
-            }),
-        }
-    }
-}
-
-impl std::str::FromStr for DeviceChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "host" => Ok(Self::Host),
-            "cuda" => Ok(Self::Cuda),
-            _ => Err(format!("'{text}' is not a device: use auto, host or cuda")),
-        }
-    }
-}
+use crate::error::Result;
+pub use crate::target::{DeviceChoice, Target};
 
 /// How often [`Trainer::publish`](crate::Trainer::publish) will be called: what the disk must keep for
 /// it.
@@ -101,6 +64,14 @@ pub struct Options {
 }
 
 impl Options {
+    /// What the operations will run on: what [`footprint`](crate::footprint) must be told.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`](crate::Error::NoDevice) where a GPU is demanded and there is none.
+    pub fn target(&self) -> Result<Target> {
+        self.device.target(self.threads)
+    }
+
     /// Defaults: automatic device, budgets and placement, look-ahead 2, clipping at 1.0, AdamW
     /// with betas 0.9 and 0.95 and weight decay 0.1.
     pub fn new(disk: impl IntoIterator<Item = PathBuf>) -> Self {

@@ -23,6 +23,7 @@ use crate::device::Span;
 use crate::error::{Error, Result};
 use crate::model::{Model, SectionId, Stage, StageId};
 use crate::operation::{Launch, Operation};
+use crate::target::Target;
 use crate::tensor::{DType, Shape, Tensor, TensorMut, View};
 
 /// What a step is walked on: the engine, or a dry run that only measures.
@@ -48,8 +49,8 @@ pub(crate) trait Driver {
     fn loss(&mut self, from: View) -> Result<()>;
     /// Copies to the host and waits.
     fn read(&mut self, from: View, out: &mut [f32]) -> Result<()>;
-    /// Worker threads of the host device.
-    fn threads(&self) -> usize;
+    /// What operations run on.
+    fn target(&self) -> Target;
     /// All stages were left: the loss, once it is known.
     fn finish(&mut self) -> Result<Finished>;
     /// The step was dropped on the way.
@@ -254,9 +255,9 @@ impl<'t> Step<'t> {
             .launch(Launch::new(operation, inputs, outputs)?)
     }
 
-    /// Worker threads of the device's operations, for the size of their workspaces.
-    pub fn threads(&self) -> usize {
-        self.core.borrow().driver.threads()
+    /// What operations run on, for the size of their workspaces.
+    pub fn target(&self) -> Target {
+        self.core.borrow().driver.target()
     }
 
     /// Ends the step. Returns once the loss is known; gradients, updates and writes go on behind.

@@ -90,7 +90,22 @@ impl AdamScalars {
 
     /// Whether these are [`AdamScalars::unchanged`]: then the gradient is not looked at, for
     /// 0 times infinity would be NaN.
-    fn is_unchanged(&self) -> bool {
+    /// In the order in which they are declared: for the device.
+    pub(crate) fn as_array(&self) -> [f32; 9] {
+        [
+            self.grad_scale,
+            self.keep,
+            self.beta1,
+            self.one_minus_beta1,
+            self.beta2,
+            self.one_minus_beta2,
+            self.eps,
+            self.minus_rate,
+            self.root_correction,
+        ]
+    }
+
+    pub(crate) fn is_unchanged(&self) -> bool {
         *self == Self::unchanged()
     }
 }

@@ -11,6 +11,7 @@ use crate::Bytes;
 use crate::error::{Error, Result};
 use crate::operation::{HostContext, Launch};
 use crate::queue::{Notifier, WorkQueue};
+use crate::target::Target;
 
 mod memory;
 
@@ -54,10 +55,7 @@ impl HostDevice {
     }
 
     fn contains(&self, span: Span) -> bool {
-        let memory = self.memory();
-        span.address >= memory.address
-            && span.bytes <= memory.bytes
-            && span.address - memory.address <= memory.bytes - span.bytes
+        self.memory().contains(span)
     }
 }
 
@@ -71,6 +69,10 @@ impl Device for HostDevice {
             address: self.memory.base() as u64,
             bytes: self.memory.bytes(),
         }
+    }
+
+    unsafe fn pin(&mut self, _: *mut u8, _: u64) -> Result<()> {
+        Ok(())
     }
 
     unsafe fn copy_in(&mut self, stream: Stream, to: Span, source: *const u8) -> Event {
@@ -107,7 +109,7 @@ impl Device for HostDevice {
         Event { stream, seq }
     }
 
-    unsafe fn copy(&mut self, from: u64, to: Span) -> Event {
+    unsafe fn copy(&mut self, from: u64, to: Span) {
         let source = Span {
             address: from,
             bytes: to.bytes,
@@ -116,18 +118,14 @@ impl Device for HostDevice {
             self.contains(source) && self.contains(to),
             "a copy outside device memory"
         );
-        let seq = self.stream(Stream::Compute).push("copy", move || {
+        self.stream(Stream::Compute).push("copy", move || {
             // SAFETY: both places are mapped (checked above) and ordered by the caller.
             unsafe { std::ptr::copy(from as *const u8, to.address as *mut u8, to.bytes as usize) };
             Ok(())
         });
-        Event {
-            stream: Stream::Compute,
-            seq,
-        }
     }
 
-    unsafe fn launch(&mut self, launch: Launch) -> Event {
+    unsafe fn launch(&mut self, launch: Launch) {
         let inside = launch.views().all(|v| {
             self.contains(Span {
                 address: v.address,
@@ -140,31 +138,23 @@ impl Device for HostDevice {
             launch.name()
         );
         let context = Arc::clone(&self.context);
-        let seq = self.stream(Stream::Compute).push(launch.name(), move || {
+        self.stream(Stream::Compute).push(launch.name(), move || {
             // SAFETY: the views lie in mapped memory (checked above) that stays mapped until this
             // stream has ended, and are ordered and disjoint by the contract of `launch`.
             unsafe { launch.run_on_host(&context) }
         });
-        Event {
-            stream: Stream::Compute,
-            seq,
-        }
     }
 
-    unsafe fn zero(&mut self, span: Span) -> Event {
+    unsafe fn zero(&mut self, span: Span) {
         assert!(self.contains(span), "zeros outside device memory");
-        let seq = self.stream(Stream::Compute).push("zero", move || {
+        self.stream(Stream::Compute).push("zero", move || {
             // SAFETY: by the contract of `zero`, as in `copy_in`.
             unsafe { std::ptr::write_bytes(span.address as *mut u8, 0, span.bytes as usize) };
             Ok(())
         });
-        Event {
-            stream: Stream::Compute,
-            seq,
-        }
     }
 
-    fn newest(&self, stream: Stream) -> Event {
+    fn newest(&mut self, stream: Stream) -> Event {
         Event {
             stream,
             seq: self.streams[stream as usize].newest(),
@@ -194,14 +184,13 @@ impl Device for HostDevice {
         self.streams.iter().for_each(WorkQueue::drain);
     }
 
-    fn threads(&self) -> usize {
-        self.context.workers.threads()
+    fn target(&self) -> Target {
+        Target::Host {
+            threads: self.context.workers.threads(),
+        }
     }
 
     fn busy(&self, stream: Stream) -> Duration {
         self.streams[stream as usize].busy()
     }
 }
-
-#[cfg(test)]
-mod tests;

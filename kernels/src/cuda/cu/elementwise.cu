@@ -1,0 +1,81 @@
+// Sums, casts and gated activations, 16 bytes a thread at a time.
+
+template <class T> __device__ void add(const T* a, const T* b, T* out, u64 n) {
+    const Pack<T>* pa = (const Pack<T>*)a;
+    const Pack<T>* pb = (const Pack<T>*)b;
+    Pack<T>* po = (Pack<T>*)out;
+    each<T>(
+        n, aligned(a) && aligned(b) && aligned(out),
+        [&](u64 i) {
+            Pack<T> x = pa[i], y = pb[i], z;
+#pragma unroll
+            for (int k = 0; k < Pack<T>::N; k++) put(z.v[k], get(x.v[k]) + get(y.v[k]));
+            po[i] = z;
+        },
+        [&](u64 i) { put(out[i], get(a[i]) + get(b[i])); });
+}
+
+// act = silu(gate) * up
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+template <class T> __device__ void swiglu(const T* gate, const T* up, T* out, u64 n) {
+    const Pack<T>* pg = (const Pack<T>*)gate;
+    const Pack<T>* pu = (const Pack<T>*)up;
+    Pack<T>* po = (Pack<T>*)out;
+    auto f = [](float g, float u) { return g * sigmoid(g) * u; };
+    each<T>(
+        n, aligned(gate) && aligned(up) && aligned(out),
+        [&](u64 i) {
+            Pack<T> g = pg[i], u = pu[i], z;
+#pragma unroll
+            for (int k = 0; k < Pack<T>::N; k++) put(z.v[k], f(get(g.v[k]), get(u.v[k])));
+            po[i] = z;
+        },
+        [&](u64 i) { put(out[i], f(get(gate[i]), get(up[i]))); });
+}
+
+template <class T>
+__device__ void swiglu_backward(const T* gate, const T* up, const T* dout, T* dgate, T* dup, u64 n) {
+    auto f = [](float g, float u, float d, T& dg, T& du) {
+        float s = sigmoid(g), silu = g * s;
+        put(dg, d * u * (s + silu * (1.0f - s)));
+        put(du, d * silu);
+    };
+    bool packs = aligned(gate) && aligned(up) && aligned(dout) && aligned(dgate) && aligned(dup);
+    each<T>(
+        n, packs,
+        [&](u64 i) {
+            Pack<T> g = ((const Pack<T>*)gate)[i], u = ((const Pack<T>*)up)[i];
+            Pack<T> d = ((const Pack<T>*)dout)[i], dg, du;
+#pragma unroll
+            for (int k = 0; k < Pack<T>::N; k++)
+                f(get(g.v[k]), get(u.v[k]), get(d.v[k]), dg.v[k], du.v[k]);
+            ((Pack<T>*)dgate)[i] = dg;
+            ((Pack<T>*)dup)[i] = du;
+        },
+        [&](u64 i) { f(get(gate[i]), get(up[i]), get(dout[i]), dgate[i], dup[i]); });
+}
+
+#define KERNELS(T)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(256) add_##T(const T* a, const T* b, T* out, u64 n) { \
+        add(a, b, out, n);                                                                             \
+    }                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256)                                                  \
+        swiglu_##T(const T* gate, const T* up, T* out, u64 n) {                                        \
+        swiglu(gate, up, out, n);                                                                      \
+    }                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256) swiglu_backward_##T(                             \
+        const T* gate, const T* up, const T* dout, T* dgate, T* dup, u64 n) {                          \
+        swiglu_backward(gate, up, dout, dgate, dup, n);                                                \
+    }
+KERNELS(float)
+KERNELS(bf16)
+
+extern "C" __global__ void __launch_bounds__(256) cast_to_bf16(const float* from, bf16* to, u64 n) {
+    u64 stride = (u64)gridDim.x * blockDim.x;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) put(to[i], from[i]);
+}
+extern "C" __global__ void __launch_bounds__(256) cast_to_float(const bf16* from, float* to, u64 n) {
+    u64 stride = (u64)gridDim.x * blockDim.x;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) to[i] = get(from[i]);
+}

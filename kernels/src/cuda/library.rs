@@ -1,0 +1,195 @@
+//! Finding the driver, NVRTC and cuBLASLt, before anything calls them: cudarc panics where they are
+//! missing.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use cudarc::driver::sys;
+
+use super::error::{CudaError, check};
+
+/// What was found, for people.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// CUDA version of the driver, as 13000 for 13.0.
+    pub driver: i32,
+    /// The first device's name.
+    pub name: String,
+    /// Its compute capability.
+    pub capability: (i32, i32),
+    /// Bytes of its memory.
+    pub total_bytes: u64,
+    /// Of which are free.
+    pub free_bytes: u64,
+}
+
+/// Whether there is a driver with a device; asked once.
+///
+/// # Errors
+/// [`CudaError::NoDevice`], in a sentence.
+pub fn probe() -> Result<Found, CudaError> {
+    static FOUND: OnceLock<Result<Found, CudaError>> = OnceLock::new();
+    FOUND.get_or_init(look).clone()
+}
+
+fn look() -> Result<Found, CudaError> {
+    let no = |why: String| CudaError::NoDevice(why);
+    if let Err(error) = open("libcuda.so.1") {
+        return Err(no(format!("no CUDA driver is installed ({error})")));
+    }
+    // SAFETY: the library is there; cuInit may be called at any time, from any thread.
+    check("cuInit", unsafe { sys::cuInit(0) })
+        .map_err(|error| no(format!("the CUDA driver finds no usable device: {error}")))?;
+    let (mut driver, mut devices) = (0, 0);
+    // SAFETY: valid places for the answers.
+    unsafe {
+        check(
+            "cuDriverGetVersion",
+            sys::cuDriverGetVersion(&raw mut driver),
+        )?;
+        check("cuDeviceGetCount", sys::cuDeviceGetCount(&raw mut devices))?;
+    }
+    if devices == 0 {
+        return Err(no("the CUDA driver finds no device".to_owned()));
+    }
+    if driver < 12000 {
+        let (major, minor) = (driver / 1000, driver % 1000 / 10);
+        return Err(no(format!(
+            "the driver is for CUDA {major}.{minor}; 12.0 (driver 525) or newer is needed"
+        )));
+    }
+    first(driver)
+}
+
+/// Looks at the first device.
+fn first(driver: i32) -> Result<Found, CudaError> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    let (mut device, mut context) = (0, std::ptr::null_mut());
+    let (mut major, mut minor, mut free, mut total) = (0, 0, 0, 0);
+    // SAFETY: valid places; the context is taken for the question and given back. Whatever was
+    // current on this thread is again.
+    unsafe {
+        check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, 0))?;
+        for (which, to) in [
+            (
+                Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                &mut major,
+            ),
+            (
+                Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                &mut minor,
+            ),
+        ] {
+            check(
+                "cuDeviceGetAttribute",
+                sys::cuDeviceGetAttribute(to, which, device),
+            )?;
+        }
+        let kept = sys::cuDevicePrimaryCtxRetain(&raw mut context, device);
+        check("cuDevicePrimaryCtxRetain", kept)?;
+        let mut asked = check("cuCtxPushCurrent", sys::cuCtxPushCurrent_v2(context));
+        if asked.is_ok() {
+            asked = check(
+                "cuMemGetInfo",
+                sys::cuMemGetInfo_v2(&raw mut free, &raw mut total),
+            );
+            let _ = sys::cuCtxPopCurrent_v2(&raw mut context);
+        }
+        let _ = sys::cuDevicePrimaryCtxRelease_v2(device);
+        asked?;
+    }
+    Ok(Found {
+        driver,
+        name: super::kernels::device_name(device),
+        capability: (major, minor),
+        total_bytes: total as u64,
+        free_bytes: free as u64,
+    })
+}
+
+/// Makes sure that NVRTC and cuBLASLt are there, and stay; asked once.
+///
+/// # Errors
+/// [`CudaError::NoLibrary`].
+pub fn libraries() -> Result<(), CudaError> {
+    static FOUND: OnceLock<Result<(), CudaError>> = OnceLock::new();
+    FOUND
+        .get_or_init(|| {
+            // NVRTC loads its builtins by name, from where they already are.
+            let _ = keep("libnvrtc-builtins", &["13.0", "12.9", "12.8", "13", "12"]);
+            keep("libnvrtc", &["13", "12"])?;
+            keep("libcublasLt", &["13", "12"])
+        })
+        .clone()
+}
+
+fn open(name: impl AsRef<std::ffi::OsStr>) -> Result<(), String> {
+    // SAFETY: a library of the system's own; its initializers are trusted as the linker would.
+    match unsafe { libloading::Library::new(name.as_ref()) } {
+        Ok(library) => {
+            // Never unloaded: cudarc finds it by its name from now on.
+            std::mem::forget(library);
+            Ok(())
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn keep(library: &'static str, versions: &[&str]) -> Result<(), CudaError> {
+    let names: Vec<String> = versions
+        .iter()
+        .map(|v| format!("{library}.so.{v}"))
+        .chain([format!("{library}.so")])
+        .collect();
+    let mut why = String::new();
+    for name in &names {
+        match open(name) {
+            Ok(()) => return Ok(()),
+            Err(error) if why.is_empty() => why = error,
+            Err(_) => {}
+        }
+    }
+    for folder in folders() {
+        for path in names.iter().map(|name| folder.join(name)) {
+            if path.exists() {
+                match open(&path) {
+                    Ok(()) => return Ok(()),
+                    Err(error) => why = error,
+                }
+            }
+        }
+    }
+    Err(CudaError::NoLibrary { library, why })
+}
+
+/// Where CUDA's libraries may be that the loader does not look for.
+fn folders() -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    if let Some(own) = std::env::var_os("FOREBAY_CUDA_LIBRARIES") {
+        folders.extend(std::env::split_paths(&own));
+    }
+    for name in ["CUDA_HOME", "CUDA_PATH"] {
+        if let Some(home) = std::env::var_os(name) {
+            folders.push(Path::new(&home).join("lib64"));
+        }
+    }
+    folders.push("/usr/local/cuda/lib64".into());
+    // The packages that PyTorch brings along, in an environment that is active or the system's.
+    let environment = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
+    for root in environment
+        .into_iter()
+        .chain(["/usr".into(), "/usr/local".into()])
+    {
+        let Ok(versions) = std::fs::read_dir(root.join("lib")) else {
+            continue;
+        };
+        for version in versions.flatten().map(|entry| entry.path()) {
+            for packages in ["site-packages", "dist-packages"] {
+                for part in ["cu13", "cuda_nvrtc", "cublas"] {
+                    folders.push(version.join(packages).join("nvidia").join(part).join("lib"));
+                }
+            }
+        }
+    }
+    folders
+}

@@ -1,0 +1,603 @@
+//! The operations, queued on a stream. Shapes are checked by the caller; tensors are addresses in
+//! device memory, row-major, aligned to their elements.
+//!
+//! Where an operation needs memory to work in, a function beside it says how many bytes. Bad input
+//! that only the device can see (a token id outside the vocabulary) sets the fault word of
+//! [`Kernels`] to one more than its position, and nothing else is touched for it.
+
+use cudarc::driver::sys::CUstream;
+
+use super::error::CudaError;
+use super::kernels::{Args, Element, Kernels};
+use super::matmul::{Product, workspace};
+use crate::cpu::ops::{AttentionDims, ClassifierDims, Direction, RopeDims};
+use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_piece};
+
+/// Where an operation is queued, and in what type it computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Queue<'a> {
+    /// The device's kernels.
+    pub kernels: &'a Kernels,
+    /// The stream.
+    pub stream: CUstream,
+    /// The type of activations and parameters; sums and gradients of parameters are f32.
+    pub element: Element,
+}
+
+type Done = Result<(), CudaError>;
+
+/// Floats that one block of [`rms_norm_backward`] leaves for each column.
+const NORM_BLOCKS: u32 = 264;
+/// Bytes of logits that are held at a time.
+const LOGITS: usize = 128 << 20;
+
+fn pieces(element: Element, n: usize) -> usize {
+    n.div_ceil(16 / element.bytes())
+}
+
+/// `out = a + b`, n elements each; out may be a.
+///
+/// # Safety
+/// The tensors are as said and the stream's until it has come past this; so for all below.
+pub unsafe fn add(q: Queue<'_>, a: u64, b: u64, out: u64, n: usize) -> Done {
+    let mut args = Args::new().with(a).with(b).with(out).with(n as u64);
+    let name = ("add", Some(q.element));
+    let grid = q.kernels.blocks(pieces(q.element, n));
+    // SAFETY: as `add_float` takes them.
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut args)
+    }
+}
+
+/// `out = silu(gate) * up`, n elements each.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn swiglu(q: Queue<'_>, gate: u64, up: u64, out: u64, n: usize) -> Done {
+    let mut args = Args::new().with(gate).with(up).with(out).with(n as u64);
+    let name = ("swiglu", Some(q.element));
+    let grid = q.kernels.blocks(pieces(q.element, n));
+    // SAFETY: as `swiglu_float` takes them.
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut args)
+    }
+}
+
+/// The gradients of [`swiglu`], set.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn swiglu_backward(
+    q: Queue<'_>,
+    [gate, up, dout]: [u64; 3],
+    [dgate, dup]: [u64; 2],
+    n: usize,
+) -> Done {
+    let args = Args::new().with(gate).with(up).with(dout);
+    let mut args = args.with(dgate).with(dup).with(n as u64);
+    let name = ("swiglu_backward", Some(q.element));
+    let grid = q.kernels.blocks(pieces(q.element, n));
+    // SAFETY: as `swiglu_backward_float` takes them.
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut args)
+    }
+}
+
+/// Threads along a row, and rows of a block.
+fn row_block(cols: usize) -> [u32; 2] {
+    match cols {
+        0..=256 => [32, 8],
+        257..1024 => [128, 2],
+        _ => [256, 1],
+    }
+}
+
+/// `y = weight * x / sqrt(mean(x²) + eps)`, each of `rows` rows.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn rms_norm(
+    q: Queue<'_>,
+    (rows, cols): (usize, usize),
+    x: u64,
+    weight: u64,
+    eps: f32,
+    y: u64,
+) -> Done {
+    let block = row_block(cols);
+    let args = Args::new().with(x).with(weight).with(y);
+    let mut args = args.with(rows as u64).with(cols as u32).with(eps);
+    let grid = [rows.div_ceil(block[1] as usize) as u32, 1, 1];
+    let name = ("rms_norm", Some(q.element));
+    // SAFETY: as `rms_norm_float` takes them.
+    unsafe { q.kernels.launch(q.stream, name, grid, block, 0, &mut args) }
+}
+
+/// Bytes that [`rms_norm_backward`] works in.
+pub fn rms_norm_backward_scratch(cols: usize) -> usize {
+    NORM_BLOCKS as usize * cols * 4
+}
+
+/// The gradients of [`rms_norm`]: dx set or added to, dweight (f32) added to.
+///
+/// # Safety
+/// See [`add`].
+#[expect(clippy::too_many_arguments, reason = "the tensors of the operation")]
+pub unsafe fn rms_norm_backward(
+    q: Queue<'_>,
+    (rows, cols): (usize, usize),
+    [x, weight, dy]: [u64; 3],
+    eps: f32,
+    dx: u64,
+    add: bool,
+    dweight: u64,
+    scratch: u64,
+) -> Done {
+    let block = row_block(cols);
+    let args = Args::new()
+        .with(x)
+        .with(weight)
+        .with(dy)
+        .with(dx)
+        .with(scratch);
+    let args = args.with(rows as u64).with(cols as u32).with(eps);
+    let mut args = args.with(u32::from(add));
+    let shared = block[1] * cols as u32 * 4;
+    let name = ("rms_norm_backward", Some(q.element));
+    let mut sums = Args::new().with(scratch).with(dweight).with(NORM_BLOCKS);
+    sums = sums.with(cols as u32);
+    let columns = [cols.div_ceil(32) as u32, 1, 1];
+    // SAFETY: as `rms_norm_backward_float` and `column_sums` take them.
+    unsafe {
+        let grid = [NORM_BLOCKS, 1, 1];
+        q.kernels
+            .launch(q.stream, name, grid, block, shared, &mut args)?;
+        let name = ("column_sums", None);
+        q.kernels
+            .launch(q.stream, name, columns, [32, 8], 0, &mut sums)
+    }
+}
+
+/// Turns x, `[tokens, heads, head_dim]`, in place.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn rope(q: Queue<'_>, dims: RopeDims, x: u64, tokens: usize, way: Direction) -> Done {
+    let (seq, heads, half) = (dims.seq, dims.heads, dims.head_dim / 2);
+    let sign = match way {
+        Direction::Forward => 1.0f32,
+        Direction::Backward => -1.0,
+    };
+    let batch = tokens / seq;
+    let args = Args::new().with(x).with(seq as u32).with(batch as u32);
+    let args = args.with(heads as u32).with(dims.head_dim as u32);
+    let mut args = args.with(dims.theta).with(sign);
+    let across = (half.next_power_of_two() as u32).clamp(1, 256);
+    let block = [across, 256 / across];
+    let splits = (batch * heads).div_ceil(block[1] as usize * 8) as u32;
+    let grid = [seq as u32, splits.max(1), 1];
+    let name = ("rope", Some(q.element));
+    // SAFETY: as `rope_float` takes them.
+    unsafe { q.kernels.launch(q.stream, name, grid, block, 0, &mut args) }
+}
+
+/// Rows of a table, `[vocabulary, cols]`, by id.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn embedding(
+    q: Queue<'_>,
+    (vocabulary, cols): (usize, usize),
+    ids: u64,
+    tokens: usize,
+    table: u64,
+    out: u64,
+) -> Done {
+    let args = Args::new().with(ids).with(table).with(out);
+    let args = args.with(vocabulary as u32).with(cols as u32);
+    let mut args = args.with(q.kernels.fault);
+    let name = ("embedding", Some(q.element));
+    let grid = [tokens as u32, 1, 1];
+    // SAFETY: as `embedding_float` takes them.
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut args)
+    }
+}
+
+/// Bytes that [`embedding_backward`] works in.
+pub fn embedding_backward_scratch(tokens: usize) -> usize {
+    2 * tokens * 4
+}
+
+/// The gradient of [`embedding`] for the table (f32), added to.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn embedding_backward(
+    q: Queue<'_>,
+    (vocabulary, cols): (usize, usize),
+    ids: u64,
+    tokens: usize,
+    dout: u64,
+    dtable: u64,
+    scratch: u64,
+) -> Done {
+    let (next, first) = (scratch, scratch + 4 * tokens as u64);
+    let chains = Args::new().with(ids).with(next).with(first);
+    let chains = chains.with(tokens as u32).with(vocabulary as u32);
+    let mut chains = chains.with(q.kernels.fault);
+    let args = Args::new().with(ids).with(next).with(first).with(dout);
+    let mut args = args.with(dtable).with(tokens as u32).with(cols as u32);
+    // SAFETY: as `embedding_chains` and `embedding_backward_float` take them.
+    unsafe {
+        let grid = [tokens.div_ceil(256) as u32, 1, 1];
+        let name = ("embedding_chains", None);
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut chains)?;
+        let name = ("embedding_backward", Some(q.element));
+        let grid = [tokens as u32, 1, 1];
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut args)
+    }
+}
+
+/// Bytes that [`linear`], [`linear_dx`] and [`linear_dw`] work in, for (t, n, k).
+pub const fn linear_scratch(dims: (usize, usize, usize)) -> usize {
+    workspace(dims)
+}
+
+/// `y = x · weightᵀ`: x `[t, k]`, weight `[n, k]`, y `[t, n]`, where dims are (t, n, k).
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn linear(
+    q: Queue<'_>,
+    (t, n, k): (usize, usize, usize),
+    x: u64,
+    weight: u64,
+    y: u64,
+    scratch: u64,
+) -> Done {
+    let product = Product {
+        size: (t, n, k),
+        transposed: (false, true),
+        pitch: (k, k, n),
+        element: q.element,
+        result: q.element,
+        add: false,
+    };
+    // SAFETY: by the contract above.
+    unsafe {
+        q.kernels
+            .product(q.stream, product, 1.0, [x, weight, y], scratch)
+    }
+}
+
+/// `dx = dy · weight`, set or added to.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn linear_dx(
+    q: Queue<'_>,
+    (t, n, k): (usize, usize, usize),
+    [dy, weight, dx]: [u64; 3],
+    add: bool,
+    scratch: u64,
+) -> Done {
+    let product = Product {
+        size: (t, k, n),
+        transposed: (false, false),
+        pitch: (n, k, k),
+        element: q.element,
+        result: q.element,
+        add,
+    };
+    // SAFETY: by the contract above.
+    unsafe {
+        q.kernels
+            .product(q.stream, product, 1.0, [dy, weight, dx], scratch)
+    }
+}
+
+/// `dweight += dyᵀ · x`, in f32.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn linear_dw(
+    q: Queue<'_>,
+    (t, n, k): (usize, usize, usize),
+    [x, dy, dweight]: [u64; 3],
+    scratch: u64,
+) -> Done {
+    let product = Product {
+        size: (n, k, t),
+        transposed: (true, false),
+        pitch: (n, k, k),
+        element: q.element,
+        result: Element::F32,
+        add: true,
+    };
+    // SAFETY: by the contract above.
+    unsafe {
+        q.kernels
+            .product(q.stream, product, 1.0, [dy, x, dweight], scratch)
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Dims {
+    batch: u32,
+    seq: u32,
+    heads: u32,
+    kv_heads: u32,
+    d: u32,
+}
+
+const ROWS: usize = 32;
+
+impl Dims {
+    fn of(dims: AttentionDims) -> Self {
+        Self {
+            batch: dims.batch as u32,
+            seq: dims.seq as u32,
+            heads: dims.heads as u32,
+            kv_heads: dims.kv_heads as u32,
+            d: dims.head_dim as u32,
+        }
+    }
+}
+
+fn tiles(seq: usize) -> u32 {
+    seq.div_ceil(ROWS) as u32
+}
+
+/// Causal attention: out and lse from q, k and v.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn attention(
+    q: Queue<'_>,
+    dims: AttentionDims,
+    [query, key, value]: [u64; 3],
+    out: u64,
+    lse: u64,
+) -> Done {
+    let args = Args::new().with(query).with(key).with(value);
+    let mut args = args.with(out).with(lse).with(Dims::of(dims));
+    let shared = (3 * ROWS * (dims.head_dim + 1) + ROWS * (ROWS + 1)) * 4;
+    let grid = [tiles(dims.seq), dims.heads as u32, dims.batch as u32];
+    let name = ("attention", Some(q.element));
+    // SAFETY: as `attention_float` takes them.
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], shared as u32, &mut args)
+    }
+}
+
+/// Bytes that [`attention_backward`] works in.
+pub fn attention_backward_scratch(dims: AttentionDims) -> usize {
+    dims.batch * dims.heads * dims.seq * 4
+}
+
+/// The gradients of [`attention`] for q, k and v, set.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn attention_backward(
+    q: Queue<'_>,
+    dims: AttentionDims,
+    [query, key, value]: [u64; 3],
+    [out, lse, dout]: [u64; 3],
+    [dq, dk, dv]: [u64; 3],
+    scratch: u64,
+) -> Done {
+    let n = Dims::of(dims);
+    let some = Some(q.element);
+    let mut delta = Args::new().with(out).with(dout).with(scratch).with(n);
+    let args = || Args::new().with(query).with(key).with(value).with(lse);
+    let args = || args().with(scratch).with(dout);
+    let (mut for_q, mut for_kv) = (args().with(dq).with(n), args().with(dk).with(dv).with(n));
+    let shared = (4 * ROWS * (dims.head_dim + 1) + 2 * ROWS * (ROWS + 1)) * 4;
+    let rows = dims.batch * dims.seq * dims.heads;
+    let (batch, heads) = (dims.batch as u32, dims.heads as u32);
+    // SAFETY: as the kernels take them.
+    unsafe {
+        let launch = |name, grid, shared, args: &mut Args| {
+            q.kernels
+                .launch(q.stream, (name, some), grid, [256, 1], shared, args)
+        };
+        launch(
+            "attention_delta",
+            [rows.div_ceil(8) as u32, 1, 1],
+            0,
+            &mut delta,
+        )?;
+        let grid = [tiles(dims.seq), heads, batch];
+        launch("attention_backward_q", grid, shared as u32, &mut for_q)?;
+        let grid = [tiles(dims.seq), dims.kv_heads as u32, batch];
+        launch("attention_backward_kv", grid, shared as u32, &mut for_kv)
+    }
+}
+
+/// How the classifier's work is cut: tokens at a time, and elements from one row of logits to the
+/// next (a multiple of 8, as tensor cores want).
+fn classifier_tile(dims: ClassifierDims) -> (usize, usize) {
+    let pitch = dims.vocabulary.next_multiple_of(8);
+    let fit = (LOGITS / (4 * pitch) / 128 * 128).max(128);
+    (fit.min(dims.tokens), pitch)
+}
+
+/// Bytes that [`cross_entropy`] works in.
+pub fn cross_entropy_scratch(element: Element, dims: ClassifierDims) -> usize {
+    let (tile, pitch) = classifier_tile(dims);
+    let low = match element {
+        Element::F32 => 0,
+        Element::Bf16 => (tile * pitch * 2).next_multiple_of(256),
+    };
+    workspace((tile, dims.hidden, pitch))
+        + (tile * pitch * 4).next_multiple_of(256)
+        + low
+        + 4 * dims.tokens
+}
+
+/// The classifier with its loss: see [`crate::cpu::ops::cross_entropy`]. `grads` are dx (set) and
+/// dweight (f32, added to).
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn cross_entropy(
+    q: Queue<'_>,
+    dims: ClassifierDims,
+    [x, weight, targets]: [u64; 3],
+    scale: f32,
+    loss: u64,
+    grads: Option<[u64; 2]>,
+    scratch: u64,
+) -> Done {
+    let (tile, pitch) = classifier_tile(dims);
+    let (hidden, vocabulary) = (dims.hidden, dims.vocabulary);
+    let bytes = q.element.bytes();
+    let room = scratch;
+    let logits = room + workspace((tile, hidden, pitch)) as u64;
+    let after = logits + (tile * pitch * 4).next_multiple_of(256) as u64;
+    let (dlogits, losses) = match q.element {
+        Element::F32 => (logits, after),
+        Element::Bf16 => (
+            after,
+            after + (tile * pitch * 2).next_multiple_of(256) as u64,
+        ),
+    };
+    let forward = |tokens| Product {
+        size: (tokens, vocabulary, hidden),
+        transposed: (false, true),
+        pitch: (hidden, hidden, pitch),
+        element: q.element,
+        result: Element::F32,
+        add: false,
+    };
+    for start in (0..dims.tokens).step_by(tile) {
+        let tokens = tile.min(dims.tokens - start);
+        let row = (start * hidden * bytes) as u64;
+        let args = Args::new().with(logits).with(targets + 4 * start as u64);
+        let args = args.with(losses + 4 * start as u64).with(dlogits);
+        let args = args
+            .with(vocabulary as u32)
+            .with(pitch as u64)
+            .with(pitch as u64);
+        let args = args.with(scale).with(u32::from(grads.is_some()));
+        let mut args = args.with(q.kernels.fault);
+        let name = ("cross_entropy", Some(q.element));
+        // SAFETY: by the contract above; tiles lie in scratch.
+        unsafe {
+            let all = [x + row, weight, logits];
+            q.kernels
+                .product(q.stream, forward(tokens), 1.0, all, room)?;
+            let grid = [tokens as u32, 1, 1];
+            q.kernels
+                .launch(q.stream, name, grid, [1024, 1], 0, &mut args)?;
+            let Some([dx, dweight]) = grads else { continue };
+            let for_x = Product {
+                size: (tokens, hidden, vocabulary),
+                transposed: (false, false),
+                pitch: (pitch, hidden, hidden),
+                result: q.element,
+                ..forward(tokens)
+            };
+            let all = [dlogits, weight, dx + row];
+            q.kernels.product(q.stream, for_x, 1.0, all, room)?;
+            let for_weight = Product {
+                size: (vocabulary, hidden, tokens),
+                transposed: (true, false),
+                pitch: (pitch, hidden, hidden),
+                result: Element::F32,
+                add: true,
+                ..for_x
+            };
+            let all = [dlogits, x + row, dweight];
+            q.kernels.product(q.stream, for_weight, 1.0, all, room)?;
+        }
+    }
+    let mut args = Args::new().with(losses).with(loss);
+    args = args.with(dims.tokens as u32).with(scale);
+    // SAFETY: as `scaled_sum` takes them.
+    unsafe {
+        let name = ("scaled_sum", None);
+        q.kernels
+            .launch(q.stream, name, [1, 1, 1], [1024, 1], 0, &mut args)
+    }
+}
+
+/// Casts n elements.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn cast(q: Queue<'_>, from: u64, to: u64, n: usize) -> Done {
+    let name = match q.element {
+        Element::Bf16 => "cast_to_bf16",
+        Element::F32 => "cast_to_float",
+    };
+    let mut args = Args::new().with(from).with(to).with(n as u64);
+    let grid = q.kernels.blocks(n);
+    // SAFETY: as the kernel takes them.
+    unsafe {
+        q.kernels
+            .launch(q.stream, (name, None), grid, [256, 1], 0, &mut args)
+    }
+}
+
+/// AdamW on n elements with the bits of [`crate::cpu::adamw`]: the gradient's type is `grad.1`, the
+/// parameter's the queue's.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn adamw(
+    q: Queue<'_>,
+    scalars: &AdamScalars,
+    grad: (u64, Element),
+    [master, m, v]: [u64; 3],
+    param: u64,
+    n: usize,
+) -> Done {
+    let name = match (grad.1, q.element) {
+        (Element::F32, Element::F32) => "adamw_float_float",
+        (Element::F32, Element::Bf16) => "adamw_float_bf16",
+        (Element::Bf16, Element::Bf16) => "adamw_bf16_bf16",
+        (Element::Bf16, Element::F32) => "adamw_bf16_float",
+    };
+    let args = Args::new().with(scalars.as_array());
+    let args = args.with(u32::from(scalars.is_unchanged())).with(grad.0);
+    let args = args.with(master).with(m).with(v).with(param);
+    let mut args = args.with(n as u64);
+    let grid = q.kernels.blocks(n.div_ceil(4));
+    // SAFETY: as the kernel takes them.
+    unsafe {
+        q.kernels
+            .launch(q.stream, (name, None), grid, [256, 1], 0, &mut args)
+    }
+}
+
+/// Bytes of [`square_sum`]'s result: pieces in f64, to be added in order.
+pub const SQUARE_SUMS: usize = SQUARE_SUM_PIECES * 8;
+
+/// The square sum of n elements with the bits of [`crate::cpu::square_sum`], once its pieces are
+/// added in order.
+///
+/// # Safety
+/// See [`add`].
+pub unsafe fn square_sum(q: Queue<'_>, values: u64, n: usize, sums: u64) -> Done {
+    let piece = square_sum_piece(n) as u64;
+    let mut args = Args::new()
+        .with(values)
+        .with(n as u64)
+        .with(piece)
+        .with(sums);
+    let name = ("square_sum", Some(q.element));
+    let grid = [SQUARE_SUM_PIECES as u32, 1, 1];
+    // SAFETY: as `square_sum_float` takes them.
+    unsafe { q.kernels.launch(q.stream, name, grid, [8, 1], 0, &mut args) }
+}

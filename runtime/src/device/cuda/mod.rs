@@ -1,0 +1,358 @@
+//! The `cuda` device: a GPU through the CUDA driver. Its memory is one allocation of exactly the
+//! budget; copies and kernels go to three streams of its own, ordered by events and nothing else.
+//!
+//! No call of a step waits for the GPU. Where the engine will want to know that something is done,
+//! an event is recorded behind it (a *mark*), and a thread for each stream waits for the marks in
+//! turn, counts them as done and wakes the engine: asking is reading a number. The first failure
+//! sticks, whoever meets it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_kernels::cuda::{Kernels, check, probe, sys};
+
+use super::{Device, Event, Span, Stream};
+use crate::Bytes;
+use crate::error::{Error, Result};
+use crate::operation::{CudaContext, Launch};
+use crate::queue::Notifier;
+use crate::target::Target;
+
+mod context;
+mod watcher;
+
+use context::{Context, HostWord, Memory};
+use watcher::{Mark, Shared, Watcher};
+
+/// See the module.
+pub(crate) struct CudaDevice {
+    lanes: [Lane; 3],
+    shared: Arc<Shared>,
+    kernels: Kernels,
+    memory: Memory,
+    pinned: Vec<*mut u8>,
+    _fault: Arc<HostWord>,
+    // The last to go.
+    context: Arc<Context>,
+}
+
+// SAFETY: what the driver gives out belongs to a context, not to a thread; calls come from one thread
+// at a time (contract of `Device`).
+unsafe impl Send for CudaDevice {}
+
+/// A stream and what was recorded on it.
+struct Lane {
+    stream: sys::CUstream,
+    /// Operations queued.
+    queued: u64,
+    /// Operations that a mark stands behind.
+    marked: u64,
+    /// Recorded before the first operation behind the last mark, for the time it takes.
+    start: Option<sys::CUevent>,
+    /// Marks that may not have been reached, oldest first.
+    pending: VecDeque<Mark>,
+    spare: Vec<sys::CUevent>,
+    watcher: Watcher,
+}
+
+impl CudaDevice {
+    /// Takes the first device, all of `budget` on it, and the kernels.
+    pub(crate) fn new(budget: u64, notifier: &Arc<Notifier>) -> Result<Self> {
+        probe().map_err(refused)?;
+        let context = Arc::new(Context::new().map_err(refused)?);
+        let fault = Arc::new(HostWord::new().map_err(refused)?);
+        let memory = Memory::new(budget).map_err(|error| Error::NoDevice {
+            wanted: "cuda",
+            why: format!(
+                "{} of device memory cannot be had of {} free: {error}",
+                Bytes(budget),
+                Bytes(context.free_memory())
+            ),
+        })?;
+        let kernels = Kernels::new(context.device(), fault.on_device()).map_err(refused)?;
+        let shared = Arc::new(Shared::new(Arc::clone(&fault), Arc::clone(notifier)));
+        let lane = |name: &str| -> Result<Lane> {
+            let mut stream = std::ptr::null_mut();
+            let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+            // SAFETY: a valid place, in the current context.
+            let made = unsafe { sys::cuStreamCreate(&raw mut stream, flags) };
+            check("cuStreamCreate", made).map_err(refused)?;
+            let watcher = Watcher::new(name, Arc::clone(&context), Arc::clone(&shared));
+            Ok(Lane {
+                stream,
+                queued: 0,
+                marked: 0,
+                start: None,
+                pending: VecDeque::with_capacity(256),
+                spare: Vec::new(),
+                watcher: watcher.map_err(Error::system("starting a thread of the device"))?,
+            })
+        };
+        Ok(Self {
+            lanes: [lane("fb-compute")?, lane("fb-h2d")?, lane("fb-d2h")?],
+            shared,
+            kernels,
+            memory,
+            pinned: Vec::new(),
+            _fault: fault,
+            context,
+        })
+    }
+
+    /// Runs `work` on a stream, timed from the first one behind a mark.
+    fn queue(
+        &mut self,
+        name: &'static str,
+        stream: Stream,
+        work: impl FnOnce(sys::CUstream, &Kernels) -> Result<(), String>,
+    ) -> u64 {
+        self.context.bind();
+        let lane = &mut self.lanes[stream as usize];
+        lane.queued += 1;
+        if self.shared.failure().is_some() {
+            return lane.queued;
+        }
+        let mut done = Ok(());
+        if lane.start.is_none() {
+            done = lane.record().map(|event| lane.start = Some(event));
+        }
+        if let Err(what) = done.and_then(|()| work(lane.stream, &self.kernels)) {
+            self.shared.fail(name, what);
+        }
+        lane.queued
+    }
+
+    fn mark(&mut self, stream: Stream) -> Event {
+        self.context.bind();
+        let lane = &mut self.lanes[stream as usize];
+        if let Err(what) = lane.mark() {
+            self.shared.fail("an event", what);
+        }
+        let seq = lane.queued;
+        Event { stream, seq }
+    }
+}
+
+impl Lane {
+    /// An event, recorded here and now.
+    fn record(&mut self) -> Result<sys::CUevent, String> {
+        let event = match self.spare.pop() {
+            Some(event) => event,
+            None => {
+                let mut event = std::ptr::null_mut();
+                let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+                // SAFETY: a valid place, in the current context.
+                let made = unsafe { sys::cuEventCreate(&raw mut event, flags) };
+                check("cuEventCreate", made).map_err(|e| e.to_string())?;
+                event
+            }
+        };
+        // SAFETY: an event and a stream of this device.
+        let recorded = unsafe { sys::cuEventRecord(event, self.stream) };
+        check("cuEventRecord", recorded).map_err(|e| e.to_string())?;
+        Ok(event)
+    }
+
+    /// Puts a mark behind all that was queued, if there is none.
+    fn mark(&mut self) -> Result<(), String> {
+        // What was reached is not needed any more.
+        let done = self.watcher.done();
+        while self.pending.front().is_some_and(|mark| mark.seq <= done) {
+            if let Some(mark) = self.pending.pop_front() {
+                self.spare
+                    .extend([Some(mark.end), mark.start].into_iter().flatten());
+            }
+        }
+        if self.marked == self.queued {
+            return Ok(());
+        }
+        let mark = Mark {
+            seq: self.queued,
+            start: self.start.take(),
+            end: self.record()?,
+        };
+        self.marked = self.queued;
+        self.pending.push_back(mark);
+        self.watcher.expect(mark);
+        Ok(())
+    }
+}
+
+impl Device for CudaDevice {
+    fn name(&self) -> String {
+        format!("cuda ({})", self.context.name())
+    }
+
+    fn memory(&self) -> Span {
+        self.memory.span()
+    }
+
+    unsafe fn pin(&mut self, base: *mut u8, bytes: u64) -> Result<()> {
+        self.context.bind();
+        // Mapped, so that kernels can read it; known to every context; never write-combined.
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: mapped memory, as long as the device lives (contract of `pin`).
+        let done = unsafe { sys::cuMemHostRegister_v2(base.cast(), bytes as usize, flags) };
+        check("cuMemHostRegister", done).map_err(|error| Error::NoDevice {
+            wanted: "cuda",
+            why: format!(
+                "{} of host memory cannot be page-locked for it: {error}",
+                Bytes(bytes)
+            ),
+        })?;
+        self.pinned.push(base);
+        Ok(())
+    }
+
+    unsafe fn copy_in(&mut self, stream: Stream, to: Span, source: *const u8) -> Event {
+        assert!(self.memory().contains(to), "a copy outside device memory");
+        self.queue("copy in", stream, |stream, _| {
+            // SAFETY: the caller keeps both places until the event (contract of `copy_in`).
+            let done = unsafe {
+                sys::cuMemcpyHtoDAsync_v2(to.address, source.cast(), to.bytes as usize, stream)
+            };
+            check("cuMemcpyHtoDAsync", done).map_err(|e| e.to_string())
+        });
+        self.mark(stream)
+    }
+
+    unsafe fn copy_out(&mut self, stream: Stream, from: Span, target: *mut u8) -> Event {
+        assert!(self.memory().contains(from), "a copy outside device memory");
+        self.queue("copy out", stream, |stream, _| {
+            // SAFETY: the caller keeps both places until the event (contract of `copy_out`).
+            let done = unsafe {
+                sys::cuMemcpyDtoHAsync_v2(target.cast(), from.address, from.bytes as usize, stream)
+            };
+            check("cuMemcpyDtoHAsync", done).map_err(|e| e.to_string())
+        });
+        self.mark(stream)
+    }
+
+    unsafe fn copy(&mut self, from: u64, to: Span) {
+        let source = Span {
+            address: from,
+            bytes: to.bytes,
+        };
+        let inside = self.memory().contains(source) && self.memory().contains(to);
+        assert!(inside, "a copy outside device memory");
+        self.queue("copy", Stream::Compute, |stream, _| {
+            // SAFETY: both places are device memory, ordered by the caller.
+            let done =
+                unsafe { sys::cuMemcpyDtoDAsync_v2(to.address, from, to.bytes as usize, stream) };
+            check("cuMemcpyDtoDAsync", done).map_err(|e| e.to_string())
+        });
+    }
+
+    unsafe fn launch(&mut self, launch: Launch) {
+        let memory = self.memory();
+        let inside = launch.views().all(|v| {
+            memory.contains(Span {
+                address: v.address,
+                bytes: v.bytes(),
+            })
+        });
+        assert!(
+            inside,
+            "'{}' was given memory outside the device",
+            launch.name()
+        );
+        self.queue(launch.name(), Stream::Compute, |stream, kernels| {
+            // SAFETY: device memory (checked above), ordered and disjoint by the contract of `launch`.
+            unsafe { launch.queue_on_cuda(&CudaContext { kernels, stream }) }
+        });
+    }
+
+    unsafe fn zero(&mut self, span: Span) {
+        assert!(self.memory().contains(span), "zeros outside device memory");
+        self.queue("zero", Stream::Compute, |stream, _| {
+            // SAFETY: by the contract of `zero`, as in `copy_in`.
+            let done =
+                unsafe { sys::cuMemsetD8Async(span.address, 0, span.bytes as usize, stream) };
+            check("cuMemsetD8Async", done).map_err(|e| e.to_string())
+        });
+    }
+
+    fn newest(&mut self, stream: Stream) -> Event {
+        self.mark(stream)
+    }
+
+    fn wait(&mut self, stream: Stream, event: Event) {
+        let from = &self.lanes[event.stream as usize];
+        if stream == event.stream || from.watcher.done() >= event.seq {
+            return;
+        }
+        let Some(mark) = from.pending.iter().find(|mark| mark.seq >= event.seq) else {
+            // Every event that was handed out has a mark.
+            return;
+        };
+        let end = mark.end;
+        self.context.bind();
+        // The time that a stream waits is not work.
+        let lane = &mut self.lanes[stream as usize];
+        let mut done = lane.mark();
+        if done.is_ok() {
+            // SAFETY: a stream and an event of this device, recorded before.
+            let waits = unsafe { sys::cuStreamWaitEvent(lane.stream, end, 0) };
+            done = check("cuStreamWaitEvent", waits).map_err(|e| e.to_string());
+        }
+        if let Err(what) = done {
+            self.shared.fail("waiting for an event", what);
+        }
+    }
+
+    fn query(&self, event: Event) -> Result<bool> {
+        match self.shared.failure() {
+            Some(failure) => Err(Error::Device {
+                operation: failure.operation,
+                what: failure.what,
+            }),
+            None => Ok(self.lanes[event.stream as usize].watcher.done() >= event.seq),
+        }
+    }
+
+    fn drain(&self) {
+        self.context.bind();
+        for lane in &self.lanes {
+            // SAFETY: a stream of this device. A device that is lost refuses at once, and touches
+            // nothing any more.
+            let _ = unsafe { sys::cuStreamSynchronize(lane.stream) };
+        }
+    }
+
+    fn target(&self) -> Target {
+        Target::Cuda
+    }
+
+    fn busy(&self, stream: Stream) -> Duration {
+        self.lanes[stream as usize].watcher.busy()
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        self.drain();
+        for lane in &mut self.lanes {
+            lane.watcher.end();
+            let events = lane.pending.drain(..).flat_map(|m| [Some(m.end), m.start]);
+            let events = events.chain([lane.start.take()]).flatten();
+            for event in events.chain(lane.spare.drain(..)) {
+                // SAFETY: made by `record`, used by nobody any more.
+                let _ = unsafe { sys::cuEventDestroy_v2(event) };
+            }
+            // SAFETY: made by `new`, empty.
+            let _ = unsafe { sys::cuStreamDestroy_v2(lane.stream) };
+        }
+        for base in self.pinned.drain(..) {
+            // SAFETY: registered by `pin`, still mapped (its contract).
+            let _ = unsafe { sys::cuMemHostUnregister(base.cast()) };
+        }
+    }
+}
+
+fn refused(error: forebay_kernels::cuda::CudaError) -> Error {
+    Error::NoDevice {
+        wanted: "cuda",
+        why: error.to_string(),
+    }
+}

@@ -1,0 +1,160 @@
+//! A thread for each stream: waits for its marks in turn, so that nobody else has to.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, unbounded};
+use forebay_kernels::cuda::{CudaError, check, sys};
+
+use super::context::{Context, HostWord};
+use crate::queue::{Failure, Notifier};
+
+/// Events around what was queued up to some operation.
+#[derive(Clone, Copy)]
+pub(super) struct Mark {
+    /// Operations of the stream that it stands behind.
+    pub(super) seq: u64,
+    pub(super) start: Option<sys::CUevent>,
+    pub(super) end: sys::CUevent,
+}
+
+// SAFETY: events belong to a context, not to a thread.
+unsafe impl Send for Mark {}
+
+/// What the threads and the device share: the first failure, and who is woken.
+pub(super) struct Shared {
+    failed: AtomicBool,
+    failure: Mutex<Option<Failure>>,
+    fault: Arc<HostWord>,
+    notifier: Arc<Notifier>,
+}
+
+impl Shared {
+    pub(super) fn new(fault: Arc<HostWord>, notifier: Arc<Notifier>) -> Self {
+        Self {
+            failed: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            fault,
+            notifier,
+        }
+    }
+
+    /// Takes note of a failure; the first one sticks.
+    pub(super) fn fail(&self, operation: &'static str, what: String) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert(Failure { operation, what });
+        self.failed.store(true, Ordering::Release);
+        drop(failure);
+        self.notifier.notify();
+    }
+
+    pub(super) fn failure(&self) -> Option<Failure> {
+        if !self.failed.load(Ordering::Acquire) {
+            return None;
+        }
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.clone()
+    }
+}
+
+#[derive(Default)]
+struct Progress {
+    done: AtomicU64,
+    busy_ns: AtomicU64,
+}
+
+/// See the module.
+pub(super) struct Watcher {
+    progress: Arc<Progress>,
+    marks: Option<Sender<Mark>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watcher {
+    pub(super) fn new(
+        name: &str,
+        context: Arc<Context>,
+        shared: Arc<Shared>,
+    ) -> std::io::Result<Self> {
+        let (marks, expected) = unbounded::<Mark>();
+        let progress = Arc::<Progress>::default();
+        let theirs = Arc::clone(&progress);
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                context.bind();
+                for mark in expected {
+                    match wait(mark) {
+                        Ok(busy) => {
+                            theirs.busy_ns.fetch_add(busy, Ordering::Relaxed);
+                            let fault = shared.fault.get();
+                            if fault > 0 {
+                                let what = format!(
+                                    "the token id at position {} is outside the vocabulary",
+                                    fault - 1
+                                );
+                                shared.fail("a token id", what);
+                            }
+                        }
+                        Err(error) => shared.fail("what ran on the device", error.to_string()),
+                    }
+                    theirs.done.store(mark.seq, Ordering::Release);
+                    shared.notifier.notify();
+                }
+            })?;
+        Ok(Self {
+            progress,
+            marks: Some(marks),
+            thread: Some(thread),
+        })
+    }
+
+    pub(super) fn expect(&self, mark: Mark) {
+        if let Some(marks) = &self.marks {
+            // The thread ends after the last mark was sent.
+            let _ = marks.send(mark);
+        }
+    }
+
+    /// Operations that are done.
+    pub(super) fn done(&self) -> u64 {
+        self.progress.done.load(Ordering::Acquire)
+    }
+
+    /// Time from the starts of marks to their ends.
+    pub(super) fn busy(&self) -> Duration {
+        Duration::from_nanos(self.progress.busy_ns.load(Ordering::Relaxed))
+    }
+
+    /// Waits for all marks and ends the thread.
+    pub(super) fn end(&mut self) {
+        drop(self.marks.take());
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Waits for a mark; the nanoseconds since its start.
+fn wait(mark: Mark) -> Result<u64, CudaError> {
+    // SAFETY: events of this context; they are recorded anew only after this mark is done.
+    unsafe {
+        check("cuEventSynchronize", sys::cuEventSynchronize(mark.end))?;
+        let Some(start) = mark.start else {
+            return Ok(0);
+        };
+        let mut millis = 0.0f32;
+        let timed = sys::cuEventElapsedTime(&raw mut millis, start, mark.end);
+        check("cuEventElapsedTime", timed)?;
+        Ok((f64::from(millis) * 1e6) as u64)
+    }
+}

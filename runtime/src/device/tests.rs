@@ -1,0 +1,211 @@
+//! What every device must do, tried on all that are here: order within a stream, order between
+//! streams by events alone, errors that stick.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_kernels::cuda::Args;
+
+use super::*;
+use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
+use crate::target::DeviceChoice;
+use crate::tensor::{DType, Shape, Tensor, TensorMut, View};
+
+/// Adds one to every element, after a while.
+#[derive(Clone, Copy)]
+struct SlowIncrement(u64);
+
+const INCREMENT: &str = r#"
+extern "C" __global__ void slow_increment(float* x, u64 n, u64 nanoseconds) {
+    u64 start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - start < nanoseconds);
+    for (u64 i = threadIdx.x; i < n; i += blockDim.x) x[i] += 1.0f;
+}
+extern "C" __global__ void trap() { asm("trap;"); }
+"#;
+
+impl Operation for SlowIncrement {
+    fn name(&self) -> &'static str {
+        "slow increment"
+    }
+
+    fn host(&self, _: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        std::thread::sleep(Duration::from_millis(self.0));
+        args.output::<f32>()?.iter_mut().for_each(|x| *x += 1.0);
+        Ok(())
+    }
+
+    fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let x = args.output()?;
+        let args = Args::new().with(x.address).with(x.elements as u64);
+        let mut args = args.with(self.0 * 1_000_000);
+        let source = cx.kernels.source("tests", INCREMENT);
+        source.map_err(|e| e.to_string())?;
+        let name = ("slow_increment", None);
+        // SAFETY: as the kernel takes them.
+        let done = unsafe {
+            cx.kernels
+                .launch(cx.stream, name, [1; 3], [256, 1], 0, &mut args)
+        };
+        done.map_err(|e| e.to_string())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Fail;
+
+impl Operation for Fail {
+    fn name(&self) -> &'static str {
+        "fail"
+    }
+
+    fn host(&self, _: &HostContext, _: HostArgs<'_>) -> Result<(), String> {
+        Err("on purpose".to_owned())
+    }
+
+    fn cuda(&self, _: &CudaContext<'_>, _: CudaArgs<'_>) -> Result<(), String> {
+        Err("on purpose".to_owned())
+    }
+}
+
+/// All that are here. `FOREBAY_REQUIRE_GPU=1` makes a missing GPU a failure.
+fn devices() -> Vec<Box<dyn Device>> {
+    let mut targets = vec![Target::Host { threads: 2 }];
+    match DeviceChoice::Cuda.target(2) {
+        Ok(cuda) => targets.push(cuda),
+        Err(error) if std::env::var_os("FOREBAY_REQUIRE_GPU").is_some() => panic!("{error}"),
+        Err(error) => eprintln!("skipped on a GPU: {error}"),
+    }
+    let open = |target| open(target, 1 << 20, &Arc::new(Notifier::default())).unwrap();
+    targets.into_iter().map(open).collect()
+}
+
+fn view(device: &dyn Device, at: u64, elements: usize) -> View {
+    let address = device.memory().address + at;
+    View {
+        address,
+        dtype: DType::F32,
+        shape: Shape::from([elements]),
+    }
+}
+
+fn span(view: View) -> Span {
+    Span {
+        address: view.address,
+        bytes: view.bytes(),
+    }
+}
+
+fn increment(device: &mut dyn Device, view: View, millis: u64) {
+    let output = [TensorMut::new(view)];
+    let launch = Launch::new(SlowIncrement(millis), &[], &output).unwrap();
+    // SAFETY: the view is in device memory, and what uses it is ordered by the test.
+    unsafe { device.launch(launch) };
+}
+
+#[test]
+fn streams_run_in_order_and_wait_for_each_other_by_events_alone() {
+    for mut device in devices() {
+        let device = &mut *device;
+        let place = view(device, 256, 1000);
+        let source = vec![1.0f32; 1000];
+        let mut back = vec![0.0f32; 1000];
+        for round in 0..5 {
+            // SAFETY: `source` and `back` outlive the drain below; events order the streams.
+            let last = unsafe {
+                let copied = device.copy_in(Stream::H2d, span(place), source.as_ptr().cast());
+                device.wait(Stream::Compute, copied);
+                increment(device, place, 5);
+                increment(device, place, 5);
+                let computed = device.newest(Stream::Compute);
+                assert!(
+                    !device.query(computed).unwrap(),
+                    "it takes 10 ms and was only queued"
+                );
+                device.wait(Stream::D2h, computed);
+                let out = device.copy_out(Stream::D2h, span(place), back.as_mut_ptr().cast());
+                device.wait(Stream::H2d, out);
+                out
+            };
+            while !device.query(last).unwrap() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(back.iter().all(|x| *x == 3.0), "round {round}: {}", back[0]);
+        }
+        device.drain();
+        let busy = device.busy(Stream::Compute);
+        assert!(busy >= Duration::from_millis(50), "{busy:?}");
+        assert!(device.busy(Stream::D2h) < busy, "waiting is not work");
+    }
+}
+
+#[test]
+fn zeros_and_copies_stay_on_the_compute_stream() {
+    for mut device in devices() {
+        let device = &mut *device;
+        let (a, b) = (view(device, 0, 64), view(device, 1024, 64));
+        let mut back = vec![9.0f32; 64];
+        // SAFETY: everything is on one stream; `back` outlives the drain.
+        unsafe {
+            device.zero(span(a));
+            increment(device, a, 0);
+            device.copy(a.address, span(b));
+            increment(device, a, 0);
+            device.copy_out(Stream::Compute, span(b), back.as_mut_ptr().cast());
+        }
+        device.drain();
+        assert!(back.iter().all(|x| *x == 1.0));
+    }
+}
+
+#[test]
+fn the_first_failure_sticks_to_every_stream() {
+    for mut device in devices() {
+        let device = &mut *device;
+        // SAFETY: it touches no memory.
+        unsafe { device.launch(Launch::new(Fail, &[], &[]).unwrap()) };
+        let event = device.newest(Stream::Compute);
+        device.drain();
+        for event in [
+            event,
+            Event {
+                stream: Stream::H2d,
+                seq: 0,
+            },
+        ] {
+            let error = device.query(event).unwrap_err();
+            assert!(error.to_string().contains("'fail': on purpose"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn outputs_that_overlap_anything_are_refused_before_they_are_queued() {
+    for mut device in devices() {
+        let device = &mut *device;
+        let (a, b) = (view(device, 0, 64), view(device, 128, 64));
+        let refused = Launch::new(SlowIncrement(0), &[Tensor::new(a)], &[TensorMut::new(b)]);
+        assert!(
+            refused.is_err(),
+            "the last half of one is the first half of the other"
+        );
+        let outputs = [TensorMut::new(a), TensorMut::new(b)];
+        assert!(Launch::new(SlowIncrement(0), &[], &outputs).is_err());
+    }
+}
+
+#[test]
+#[should_panic(expected = "outside device memory")]
+fn a_copy_outside_the_budget_never_starts() {
+    let mut device = devices().swap_remove(0);
+    let end = device.memory().address + device.memory().bytes;
+    let beyond = Span {
+        address: end - 4,
+        bytes: 8,
+    };
+    // SAFETY: it panics before anything is touched.
+    unsafe { device.copy_in(Stream::H2d, beyond, [0u8; 8].as_ptr()) };
+}
