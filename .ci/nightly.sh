@@ -23,6 +23,7 @@ number() { # sums the numbers that stand before a word in the log
     grep -oE "[0-9]+ $1" "$log" | awk '{n += $1} END {print n + 0}'
 }
 
+bash .ci/tools.sh
 cargo test --release --workspace --no-run 2>/dev/null
 while ((SECONDS < end)); do
     rounds=$((rounds + 1))
