@@ -4,15 +4,19 @@
 
 mod common;
 
-use common::{create, decoder, options, resume, train, with_budgets};
-use forebay::{Options, Policy};
+use common::{create, decoder, decoder_in, options, resume, train, with_budgets};
+use forebay::{DType, Options, Policy};
 
 const STEPS: u64 = 8;
 const POLICIES: [Policy; 4] = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk];
 
 fn run(change: impl Fn(&mut Options)) -> Vec<u32> {
+    run_in(DType::F32, change)
+}
+
+fn run_in(dtype: DType, change: impl Fn(&mut Options)) -> Vec<u32> {
     let folder = tempfile::tempdir().unwrap();
-    let decoder = decoder();
+    let decoder = decoder_in(dtype);
     let mut options = options(folder.path());
     change(&mut options);
     let options = with_budgets(options, &decoder);
@@ -48,11 +52,41 @@ fn every_placement_look_ahead_and_thread_count_gives_the_same_bits() {
 }
 
 #[test]
-fn a_run_cut_into_pieces_gives_the_bits_of_the_whole_run() {
+fn in_bf16_too_every_placement_and_look_ahead_gives_the_same_bits() {
+    let exact = run(|o| o.placement = Policy::Resident);
     for clip in [Some(0.5), None] {
-        let whole = run(|o| (o.placement, o.clip) = (Policy::Resident, clip));
+        let with = |placement, lookahead| {
+            run_in(DType::Bf16, |o| {
+                (o.placement, o.lookahead, o.clip) = (placement, lookahead, clip);
+            })
+        };
+        let reference = with(Policy::Resident, 2);
+        for placement in POLICIES {
+            for lookahead in [0, 1, 3] {
+                let got = with(placement, lookahead);
+                assert_eq!(got, reference, "{placement:?}, look-ahead {lookahead}");
+            }
+        }
+        // It is another type, and the same model.
+        for (low, exact) in reference.iter().zip(&exact) {
+            let (low, exact) = (f32::from_bits(*low), f32::from_bits(*exact));
+            assert!((low - exact).abs() < 0.02 * exact, "{low} for {exact}");
+        }
+        assert_ne!(reference, exact);
+    }
+}
+
+#[test]
+fn a_run_cut_into_pieces_gives_the_bits_of_the_whole_run() {
+    for (clip, dtype) in [
+        (Some(0.5), DType::F32),
+        (None, DType::F32),
+        (Some(0.5), DType::Bf16),
+        (None, DType::Bf16),
+    ] {
+        let whole = run_in(dtype, |o| (o.placement, o.clip) = (Policy::Resident, clip));
         let folder = tempfile::tempdir().unwrap();
-        let decoder = decoder();
+        let decoder = decoder_in(dtype);
         let mut pieces = Vec::new();
         for (index, (placement, steps)) in [
             (Policy::Auto, 3),
@@ -106,10 +140,14 @@ fn evaluating_and_publishing_between_steps_changes_no_bit() {
 
 #[test]
 fn a_gradient_that_is_not_finite_skips_the_whole_step_on_every_tier() {
-    for clip in [Some(0.5), None] {
+    for (clip, dtype) in [
+        (Some(0.5), DType::F32),
+        (None, DType::F32),
+        (None, DType::Bf16),
+    ] {
         for placement in POLICIES {
             let folder = tempfile::tempdir().unwrap();
-            let decoder = decoder();
+            let decoder = decoder_in(dtype);
             let mut options = options(folder.path());
             (options.placement, options.clip) = (placement, clip);
             let options = with_budgets(options, &decoder);
@@ -159,6 +197,25 @@ fn poisoned(trainer: &mut forebay::Trainer, decoder: &forebay_decoder::Decoder) 
         ) -> Result<(), String> {
             args.output::<f32>()?[0] = f32::INFINITY;
             Ok(())
+        }
+        fn cuda(
+            &self,
+            cx: &forebay::CudaContext<'_>,
+            mut args: forebay::CudaArgs<'_>,
+        ) -> Result<(), String> {
+            const SOURCE: &str = r#"
+                extern "C" __global__ void poison(float* x) { *x = INFINITY_F; }
+            "#;
+            let mut x = forebay::Args::new().with(args.output()?.address);
+            let one = [1; 3];
+            // SAFETY: as the kernel takes them.
+            let done = unsafe {
+                cx.kernels.source("poison", SOURCE).and_then(|()| {
+                    let name = ("poison", None);
+                    cx.kernels.launch(cx.stream, name, one, [1; 2], 0, &mut x)
+                })
+            };
+            done.map_err(|error| error.to_string())
         }
     }
     let (ids, targets) = common::tokens(trainer.steps());

@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use forebay::{
-    Ceilings, HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy, RandomInit,
-    Section, SectionId, Stage, StageId, Step, Trainer,
+    Ceilings, DType, HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy,
+    RandomInit, Section, SectionId, Stage, StageId, Step, Trainer,
 };
 
 const LAYERS: u32 = 12;
@@ -34,7 +34,7 @@ impl Operation for Compute {
 }
 
 fn walk(step: &Step<'_>) -> forebay::Result<()> {
-    let mut x = step.tensor([WIDTH, WIDTH])?;
+    let mut x = step.tensor(DType::F32, [WIDTH, WIDTH])?;
     for layer in 0..LAYERS {
         let lease = step.enter(StageId::from(layer))?;
         step.launch(

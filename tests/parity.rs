@@ -9,7 +9,7 @@ mod oracle;
 use std::collections::BTreeMap;
 
 use forebay::{
-    Options, Policy, Result, Section, SectionId, StageLease, TensorSpec, Trainer, Weights,
+    DType, Options, Policy, Result, Section, SectionId, StageLease, TensorSpec, Trainer, Weights,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
 use oracle::{Shape, Tensors, distance};
@@ -47,8 +47,20 @@ struct Ours {
 }
 
 fn ours(config: &str, weights: &Tensors, ids: &[u32], targets: &[u32], seq: usize) -> Ours {
+    ours_in(DType::F32, config, weights, ids, targets, seq)
+}
+
+fn ours_in(
+    dtype: DType,
+    config: &str,
+    weights: &Tensors,
+    ids: &[u32],
+    targets: &[u32],
+    seq: usize,
+) -> Ours {
     let folder = tempfile::tempdir().unwrap();
-    let decoder = Decoder::new(Config::parse(config).unwrap(), ids.len() / seq, seq).unwrap();
+    let config = Config::parse(config).unwrap();
+    let decoder = Decoder::compute_in(dtype, config, ids.len() / seq, seq).unwrap();
     let mut options = Options::new([folder.path().to_owned()]);
     options.placement = Policy::Disk;
     options.threads = 2;
@@ -116,6 +128,24 @@ fn logits_loss_and_gradients_agree_with_transformers() {
             "{}: {name} differs by {error:.2e}",
             f.name
         );
+    }
+}
+
+#[test]
+fn in_bf16_they_agree_as_far_as_its_eight_bits_go() {
+    for f in fixtures::all() {
+        let ours = ours_in(
+            DType::Bf16,
+            &f.config,
+            &f.weights,
+            &f.ids,
+            &f.targets,
+            f.seq,
+        );
+        let (error, name) = farthest(&ours, &f.logits, f.loss, &f.grads);
+        println!("{}: farthest is {name}, {error:.2e}", f.name);
+        assert!(error <= 0.05, "{}: {name} differs by {error:.2e}", f.name);
+        assert!(error > 1e-3, "{}: {error:.2e} is not bf16", f.name);
     }
 }
 

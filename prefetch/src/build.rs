@@ -4,8 +4,8 @@
 use crate::model::{Model, SectionId, StageId, StageSpec, Tier, Timing};
 use crate::placement::{GradHome, Placement};
 use crate::plan::{
-    ClaimRef, Dep, Lane, Order, ParamSource, Plan, PoolId, PoolKind, StageUses, Task, TaskId,
-    TaskKind, Window,
+    ClaimRef, Dep, GradUse, Lane, Order, ParamSource, Plan, PoolId, PoolKind, StageUses, Task,
+    TaskId, TaskKind, Window,
 };
 
 pub(crate) fn training(model: &Model, placement: &Placement) -> Plan {
@@ -251,7 +251,12 @@ impl<'a> Builder<'a> {
         let Some(slot) = self.progress(section).grad_slot else {
             return;
         };
-        self.uses[stage].grads.push((section, slot, first == stage));
+        self.uses[stage].grads.push(GradUse {
+            section,
+            slot,
+            first: first == stage,
+            last: last == stage,
+        });
         if last != stage {
             return;
         }

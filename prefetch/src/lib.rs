@@ -9,7 +9,7 @@
 //! ```
 //! use forebay_prefetch::*;
 //!
-//! let layer = |name: &str| SectionSize { name: name.into(), elements: 1 << 20, param_bytes: 4 << 20 };
+//! let layer = |name: &str| SectionSize { name: name.into(), elements: 1 << 20, param_bytes: 4 << 20, grad_slot_bytes: 4 << 20 };
 //! let stage = |name: &str, s| StageSpec { name: name.into(), params: vec![SectionId(s)], ..Default::default() };
 //! let backward = |name: &str, s| StageSpec { grads: vec![SectionId(s)], ..stage(name, s) };
 //! let model = Model {
@@ -44,8 +44,8 @@ pub use model::{Model, SectionId, SectionSize, StageId, StageSpec, State, Tier, 
 pub use parts::Part;
 pub use placement::{Budgets, GradHome, PlaceOptions, Placement, Policy, place};
 pub use plan::{
-    ClaimRef, Dep, LANES, Lane, Order, ParamSource, Plan, Pool, PoolId, PoolKind, StageUses, Task,
-    TaskId, TaskKind, Window,
+    ClaimRef, Dep, GradUse, LANES, Lane, Order, ParamSource, Plan, Pool, PoolId, PoolKind,
+    StageUses, Task, TaskId, TaskKind, Window,
 };
 pub use scheduler::{Scheduler, TaskRef};
 pub use sim::{SimEvent, SimReport, simulate};

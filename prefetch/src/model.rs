@@ -52,6 +52,9 @@ pub struct SectionSize {
     pub elements: u64,
     /// Bytes of its parameters, and of its gradient, in the compute type.
     pub param_bytes: u64,
+    /// Bytes in which its gradient accumulates on the device: sums in f32 and, where the compute
+    /// type is another, the gradient that leaves, behind them.
+    pub grad_slot_bytes: u64,
 }
 
 /// What a stage needs and leaves.

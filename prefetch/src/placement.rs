@@ -6,7 +6,7 @@
 //! parameters and optimizer states as far as they go. The disk takes the rest.
 
 use crate::Error;
-use crate::model::{Model, SectionId, StageId, StageSpec, Tier, Timing};
+use crate::model::{Model, SectionId, SectionSize, StageId, StageSpec, Tier, Timing};
 use crate::parts::{Part, parts};
 use crate::plan::{Pool, PoolId, PoolKind};
 
@@ -84,6 +84,7 @@ pub enum GradHome {
 #[derive(Clone, Debug)]
 struct Class {
     param_bytes: u64,
+    grad_slot_bytes: u64,
     members: Vec<SectionId>,
     param_slots: u64,
     param_slots_min: u64,
@@ -130,9 +131,9 @@ impl Placement {
         for (id, section) in model.sections.iter().enumerate() {
             let index = classes
                 .iter()
-                .position(|c| c.param_bytes == section.param_bytes)
+                .position(|c| c.fits(section))
                 .unwrap_or_else(|| {
-                    classes.push(Class::new(section.param_bytes));
+                    classes.push(Class::new(section));
                     classes.len() - 1
                 });
             classes[index].members.push(SectionId(id as u32));
@@ -421,10 +422,10 @@ impl Placement {
     /// Device memory that the placement takes, scratch included.
     pub fn device_bytes(&self) -> u64 {
         let round = |bytes: u64| bytes.next_multiple_of(DEVICE_ALIGN);
-        let classes = self
-            .classes
-            .iter()
-            .map(|c| (c.param_slots + c.grad_slots).saturating_mul(round(c.param_bytes)));
+        let classes = self.classes.iter().map(|c| {
+            let params = c.param_slots.saturating_mul(round(c.param_bytes));
+            params.saturating_add(c.grad_slots.saturating_mul(round(c.grad_slot_bytes)))
+        });
         round(self.options.scratch_bytes)
             + self.act_slots * round(self.act_bytes)
             + classes.sum::<u64>()
@@ -580,7 +581,10 @@ impl Placement {
             };
             pools.extend([
                 pool(PoolKind::ParamSlot, class.param_slots),
-                pool(PoolKind::GradSlot, class.grad_slots),
+                Pool {
+                    bytes: class.grad_slot_bytes,
+                    ..pool(PoolKind::GradSlot, class.grad_slots)
+                },
                 pool(PoolKind::ParamStage, self.param_stage[index]),
                 pool(PoolKind::GradStage, self.grad_stage[index]),
             ]);
@@ -590,15 +594,20 @@ impl Placement {
 }
 
 impl Class {
-    fn new(param_bytes: u64) -> Self {
+    fn new(section: &SectionSize) -> Self {
         Self {
-            param_bytes,
+            param_bytes: section.param_bytes,
+            grad_slot_bytes: section.grad_slot_bytes,
             members: Vec::new(),
             param_slots: 0,
             param_slots_min: 0,
             grad_slots: 0,
             grad_slots_min: 0,
         }
+    }
+
+    fn fits(&self, section: &SectionSize) -> bool {
+        (self.param_bytes, self.grad_slot_bytes) == (section.param_bytes, section.grad_slot_bytes)
     }
 
     fn set_least(&mut self, model: &Model) {

@@ -203,6 +203,19 @@ pub enum ParamSource {
     Fetched(ClaimRef),
 }
 
+/// A gradient that a stage adds to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GradUse {
+    /// Whose.
+    pub section: SectionId,
+    /// Where it accumulates.
+    pub slot: ClaimRef,
+    /// Whether the stage is the first to use the slot, and finds it undefined.
+    pub first: bool,
+    /// Whether the gradient is whole after it.
+    pub last: bool,
+}
+
 /// Where a stage finds what it uses.
 #[derive(Clone, Debug, Default)]
 pub struct StageUses {
@@ -210,8 +223,8 @@ pub struct StageUses {
     pub task: Option<TaskId>,
     /// Its parameters.
     pub params: Vec<(SectionId, ParamSource)>,
-    /// Its gradient slots, and whether the stage is the first to use it (and finds it undefined).
-    pub grads: Vec<(SectionId, ClaimRef, bool)>,
+    /// The gradients that it adds to.
+    pub grads: Vec<GradUse>,
     /// The slot for the checkpoint that it leaves.
     pub save: Option<ClaimRef>,
     /// The slot with the checkpoint that it reads.

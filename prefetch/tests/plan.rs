@@ -16,6 +16,7 @@ fn decoder(layers: u32, layer_bytes: u64, embed_bytes: u64, tied: bool, act: u64
         name,
         elements: bytes / 4,
         param_bytes: bytes,
+        grad_slot_bytes: bytes,
     };
     let mut sections = vec![
         section("embed".into(), embed_bytes),

@@ -87,6 +87,7 @@ mod trainer;
 
 pub use bytes::{Bytes, BytesError};
 pub use error::{Error, Result};
+pub use forebay_kernels::cuda::Args;
 pub use forebay_nvme as nvme;
 pub use forebay_prefetch::{Bound, Budgets, Traffic};
 pub use model::{Init, Model, Section, SectionId, Stage, StageId, TensorSpec};

@@ -140,7 +140,7 @@ impl Stage {
         self
     }
 
-    /// It leaves an activation checkpoint of this shape (f32) for a later stage.
+    /// It leaves an activation checkpoint of this shape, in the model's type, for a later stage.
     #[must_use]
     pub fn saves(mut self, shape: impl Into<Shape>) -> Self {
         self.saves = Some(shape.into());
@@ -156,9 +156,10 @@ impl Stage {
 }
 
 /// A model as the runtime sees it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Model {
     pub(crate) name: String,
+    pub(crate) dtype: DType,
     pub(crate) sections: Vec<Section>,
     pub(crate) train: Vec<Stage>,
     pub(crate) eval: Vec<Stage>,
@@ -170,8 +171,24 @@ impl Model {
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
-            ..Self::default()
+            dtype: DType::F32,
+            sections: Vec::new(),
+            train: Vec::new(),
+            eval: Vec::new(),
         }
+    }
+
+    /// The type of parameters, of gradients on their way, of activations and checkpoints: f32 unless
+    /// said otherwise. Masters, moments, sums and the gradients' accumulation are f32 in any case.
+    #[must_use]
+    pub fn compute_in(mut self, dtype: DType) -> Self {
+        self.dtype = dtype;
+        self
+    }
+
+    /// What [`Model::compute_in`] said.
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// Adds a section.
@@ -208,9 +225,12 @@ impl Model {
         self.sections.iter().map(Section::elements).sum()
     }
 
-    /// The model's identity: its name, and every section and tensor by name and shape.
+    /// The model's identity: its name and type, and every section and tensor by name and shape.
     pub(crate) fn fingerprint(&self) -> u64 {
         let mut words: Vec<Vec<u8>> = vec![self.name.clone().into_bytes()];
+        if self.dtype != DType::F32 {
+            words.push(self.dtype.to_string().into_bytes());
+        }
         for section in &self.sections {
             words.push(section.name.clone().into_bytes());
             for tensor in &section.tensors {
@@ -228,6 +248,10 @@ impl Model {
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
+        if self.dtype == DType::U32 {
+            let what = "models compute in f32 or bf16, not in u32".to_owned();
+            return Err(Error::Model(what));
+        }
         for (i, section) in self.sections.iter().enumerate() {
             if section.parameters() == 0 {
                 return Err(Error::Model(format!(
@@ -256,20 +280,26 @@ impl Model {
         Ok(())
     }
 
+    /// Where in a section's slot the gradient that leaves stands, if it is not the sums themselves.
+    pub(crate) fn cast_offset(&self, section: &Section) -> Option<u64> {
+        (self.dtype != DType::F32).then(|| section.elements() * 4)
+    }
+
     /// The model as plans see it.
-    pub(crate) fn order(&self, dtype: DType) -> order::Model {
+    pub(crate) fn order(&self) -> order::Model {
+        let bytes = self.dtype.bytes() as u64;
         let section = |s: &Section| order::SectionSize {
             name: s.name.clone(),
             elements: s.elements(),
-            param_bytes: s.elements() * dtype.bytes() as u64,
+            param_bytes: s.elements() * bytes,
+            grad_slot_bytes: s.elements() * 4
+                + self.cast_offset(s).map_or(0, |_| s.elements() * bytes),
         };
         let stage = |s: &Stage| order::StageSpec {
             name: s.name.clone(),
             params: s.params.clone(),
             grads: s.grads.clone(),
-            saves: s
-                .saves
-                .map(|shape| (shape.elements() * DType::F32.bytes()) as u64),
+            saves: s.saves.map(|shape| shape.elements() as u64 * bytes),
             restores: s.restores.map(|id| order::StageId(id.0)),
         };
         order::Model {

@@ -30,10 +30,12 @@
 use std::marker::PhantomData;
 use std::mem::{MaybeUninit, align_of, size_of};
 
-use forebay_kernels::cpu::Workers;
+use forebay_kernels::cpu::{Workers, bf16_to_f32, f32_to_bf16};
 use forebay_kernels::cuda::ops::Queue;
 use forebay_kernels::cuda::sys::CUstream;
 use forebay_kernels::cuda::{self, Kernels};
+
+use half::bf16;
 
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor, TensorMut, View};
@@ -59,6 +61,16 @@ pub trait Operation: Copy + Send + 'static {
     }
 }
 
+impl DType {
+    /// What CUDA kernels of this type are called by.
+    pub(crate) fn element(self) -> cuda::Element {
+        match self {
+            Self::Bf16 => cuda::Element::Bf16,
+            Self::F32 | Self::U32 => cuda::Element::F32,
+        }
+    }
+}
+
 /// What a CUDA device offers to operations.
 #[derive(Debug)]
 pub struct CudaContext<'a> {
@@ -74,10 +86,7 @@ impl<'a> CudaContext<'a> {
         Queue {
             kernels: self.kernels,
             stream: self.stream,
-            element: match dtype {
-                DType::Bf16 => cuda::Element::Bf16,
-                DType::F32 | DType::U32 => cuda::Element::F32,
-            },
+            element: dtype.element(),
         }
     }
 }
@@ -152,7 +161,8 @@ impl Element for half::bf16 {
     const DTYPE: DType = DType::Bf16;
 }
 
-/// The tensors of a launch as slices, each handed out once, in order.
+/// The tensors of a launch as slices, each handed out once, in order. Those of bf16 arrive as f32,
+/// so that an operation is written once for either type; what it writes is rounded when it has run.
 #[derive(Debug)]
 pub struct HostArgs<'a> {
     inputs: std::slice::Iter<'a, View>,
@@ -214,6 +224,8 @@ pub(crate) struct Launch {
     views: [MaybeUninit<View>; VIEWS],
     inputs: u8,
     outputs: u8,
+    /// Where bf16 tensors are widened for the host device's operations, if they are.
+    room: Option<u64>,
 }
 
 impl Launch {
@@ -274,6 +286,7 @@ impl Launch {
             views,
             inputs: inputs.len() as u8,
             outputs: outputs.len() as u8,
+            room: None,
         };
         // SAFETY: size and alignment were checked above.
         unsafe { launch.payload.as_mut_ptr().cast::<O>().write(operation) };
@@ -296,6 +309,17 @@ impl Launch {
             std::slice::from_raw_parts(self.views.as_ptr().cast::<View>(), inputs + outputs)
         };
         views.split_at(inputs)
+    }
+
+    /// Floats that widening its bf16 tensors takes.
+    pub(crate) fn wide_floats(&self) -> u64 {
+        let narrow = self.views().filter(|view| view.dtype == DType::Bf16);
+        narrow.map(|view| wide_floats(view) as u64).sum()
+    }
+
+    /// Has them widened, from this address on.
+    pub(crate) fn widen_in(&mut self, room: u64) {
+        self.room = Some(room);
     }
 
     fn check_overlap(&self) -> Result<()> {
@@ -324,8 +348,39 @@ impl Launch {
     ///
     /// # Safety
     /// Every view is mapped memory of its size, and until this returns nobody else writes an input
-    /// or touches an output.
+    /// or touches an output or the room for widening.
     pub(crate) unsafe fn run_on_host(&self, cx: &HostContext) -> Result<(), String> {
+        let Some(mut room) = self.room else {
+            // SAFETY: by the contract above.
+            return unsafe { self.run_as_it_is(cx) };
+        };
+        let mut wide = *self;
+        let all = usize::from(self.inputs + self.outputs);
+        for view in &mut wide.views[..all] {
+            // SAFETY: the first `inputs + outputs` views were written by `new`.
+            let view = unsafe { view.assume_init_mut() };
+            if view.dtype == DType::Bf16 {
+                // SAFETY: the room has a place for each of them, which overlaps nothing.
+                unsafe { bf16_to_f32(narrow_slice(view), wide_slice(room, view)) };
+                let floats = wide_floats(view) as u64;
+                (view.address, view.dtype) = (room, DType::F32);
+                room += 4 * floats;
+            }
+        }
+        // SAFETY: by the contract above; the widened places are this call's own.
+        unsafe { wide.run_as_it_is(cx)? };
+        for (view, own) in wide.slices().1.iter().zip(self.slices().1) {
+            if own.dtype == DType::Bf16 {
+                // SAFETY: an output of this launch and its place in the room.
+                unsafe { f32_to_bf16(wide_slice(view.address, own), narrow_slice_mut(own)) };
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`Launch::run_on_host`].
+    unsafe fn run_as_it_is(&self, cx: &HostContext) -> Result<(), String> {
         let (inputs, outputs) = self.slices();
         let args = HostArgs {
             inputs: inputs.iter(),
@@ -350,4 +405,31 @@ impl Launch {
         // SAFETY: `new` stored the operation that `cuda` was made for; views by our contract.
         unsafe { (self.cuda)(self.payload.as_ptr().cast(), cx, args) }
     }
+}
+
+/// Floats of a widened view; the next one begins aligned to 256 bytes.
+fn wide_floats(view: &View) -> usize {
+    view.shape.elements().next_multiple_of(64)
+}
+
+/// # Safety
+/// A view of mapped memory that nobody writes as long as the slice lives.
+unsafe fn narrow_slice<'a>(view: &View) -> &'a [bf16] {
+    // SAFETY: by the contract above.
+    unsafe { std::slice::from_raw_parts(view.address as *const bf16, view.shape.elements()) }
+}
+
+/// # Safety
+/// A view of mapped memory that nobody else touches as long as the slice lives.
+unsafe fn narrow_slice_mut<'a>(view: &View) -> &'a mut [bf16] {
+    // SAFETY: by the contract above.
+    unsafe { std::slice::from_raw_parts_mut(view.address as *mut bf16, view.shape.elements()) }
+}
+
+/// # Safety
+/// Mapped memory for a float an element of the view, which nobody else touches as long as the slice
+/// lives.
+unsafe fn wide_slice<'a>(address: u64, view: &View) -> &'a mut [f32] {
+    // SAFETY: by the contract above.
+    unsafe { std::slice::from_raw_parts_mut(address as *mut f32, view.shape.elements()) }
 }

@@ -31,6 +31,31 @@ impl DType {
     }
 }
 
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "fp32",
+            Self::Bf16 => "bf16",
+            Self::U32 => "u32",
+        })
+    }
+}
+
+impl std::str::FromStr for DType {
+    type Err = String;
+
+    /// The types that a model can compute in.
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "fp32" | "f32" | "float32" => Ok(Self::F32),
+            "bf16" | "bfloat16" => Ok(Self::Bf16),
+            _ => Err(format!(
+                "'{text}' is not a type to compute in: use bf16 or fp32"
+            )),
+        }
+    }
+}
+
 /// Up to four dimensions, outermost first.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use forebay::{Options, Policy, RandomInit, Trainer};
+use forebay::{DType, Options, Policy, RandomInit, Trainer};
 use forebay_decoder::{Batch, Config, Decoder, Family};
 
 pub(crate) const BATCH: usize = 2;
@@ -28,7 +28,11 @@ pub(crate) fn config() -> Config {
 }
 
 pub(crate) fn decoder() -> Decoder {
-    Decoder::new(config(), BATCH, SEQ).unwrap()
+    decoder_in(DType::F32)
+}
+
+pub(crate) fn decoder_in(dtype: DType) -> Decoder {
+    Decoder::compute_in(dtype, config(), BATCH, SEQ).unwrap()
 }
 
 /// Options under which all three tiers have work.

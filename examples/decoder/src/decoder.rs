@@ -2,8 +2,8 @@
 
 use forebay::ops::{self, ClassifierGrads, IGNORED};
 use forebay::{
-    Error, Footprint, Init, Model, Pass, Result, Section, SectionId, Stage, StageId, StageLease,
-    Step, Target, TensorMut, footprint,
+    DType, Error, Footprint, Init, Model, Pass, Result, Section, SectionId, Stage, StageId,
+    StageLease, Step, Target, TensorMut, footprint,
 };
 
 use crate::config::Config;
@@ -59,11 +59,19 @@ struct Stages {
 const WEIGHT: &str = "weight";
 
 impl Decoder {
-    /// Lays out a model for batches of `batch` sequences of `seq` tokens.
+    /// Lays out a model for batches of `batch` sequences of `seq` tokens, computing in f32.
     ///
     /// # Errors
     /// [`Error::Model`] for an empty batch.
     pub fn new(config: Config, batch: usize, seq: usize) -> Result<Self> {
+        Self::compute_in(DType::F32, config, batch, seq)
+    }
+
+    /// As [`Decoder::new`], with parameters and activations of this type.
+    ///
+    /// # Errors
+    /// As [`Decoder::new`].
+    pub fn compute_in(dtype: DType, config: Config, batch: usize, seq: usize) -> Result<Self> {
         if batch * seq == 0 {
             return Err(Error::Model(
                 "a batch needs at least one sequence of one token".into(),
@@ -75,7 +83,7 @@ impl Decoder {
             layers,
             ..
         } = config;
-        let mut model = Model::new(format!("decoder {config:?}"));
+        let mut model = Model::new(format!("decoder {config:?}")).compute_in(dtype);
         let table = |name: &str| {
             Section::new(name).tensor(WEIGHT, [vocabulary, hidden], Init::Normal(config.init))
         };
@@ -328,7 +336,7 @@ impl Decoder {
         let eps = self.config.eps;
         let counted = values.iter().filter(|t| **t != IGNORED).count().max(1);
         let scale = 1.0 / counted as f32;
-        let mut loss = step.tensor([1])?;
+        let mut loss = step.tensor(DType::F32, [1])?;
         let frame = step.frame();
         let mut normed = frame.tensor(x.shape())?;
         let (norm, weight) = (

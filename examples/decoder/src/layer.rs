@@ -2,7 +2,9 @@
 //! mirror images.
 
 use forebay::ops::{self, Assign, AttentionOutput, AttentionShape, Rotation};
-use forebay::{Frame, Init, Result, Section, SectionId, StageLease, Step, Tensor, TensorMut};
+use forebay::{
+    DType, Frame, Init, Result, Section, SectionId, StageLease, Step, Tensor, TensorMut,
+};
 
 use crate::config::{Config, Family};
 
@@ -204,7 +206,7 @@ impl Layer<'_> {
             ops::rope(step, x, self.seq, self.config.theta, Rotation::Forward)?;
         }
         let mut out = frame.tensor([t, heads, head_dim])?;
-        let mut lse = frame.tensor([self.batch, heads, self.seq])?;
+        let mut lse = frame.tensor_of(DType::F32, [self.batch, heads, self.seq])?;
         let qkv = [&q.as_ref(), &k.as_ref(), &v.as_ref()];
         ops::attention(step, self.attention_shape(), qkv, &mut out, &mut lse)?;
         Ok(Attended {

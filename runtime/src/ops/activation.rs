@@ -3,10 +3,10 @@
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect_tensor, words};
+use super::{expect_tensor, expect_types, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
-use crate::tensor::{DType, Tensor, TensorMut};
+use crate::tensor::{Tensor, TensorMut};
 use crate::trainer::Step;
 
 #[derive(Clone, Copy)]
@@ -65,14 +65,15 @@ pub fn swiglu(
     up: &Tensor<'_>,
     out: &mut TensorMut<'_>,
 ) -> Result<()> {
-    let shape = out.shape();
+    let (shape, dtype) = (out.shape(), out.dtype());
+    expect_types("swiglu", &[dtype], &[])?;
     for (label, tensor) in [("gate", gate), ("up", up)] {
         expect_tensor(
             "swiglu",
             label,
             (tensor.shape(), tensor.dtype()),
             shape,
-            DType::F32,
+            dtype,
         )?;
     }
     step.launch(Forward, &[*gate, *up], &[out.reborrow()])
@@ -90,20 +91,15 @@ pub fn swiglu_backward(
     dgate: &mut TensorMut<'_>,
     dup: &mut TensorMut<'_>,
 ) -> Result<()> {
-    let (name, shape) = ("swiglu_backward", dout.shape());
+    let (name, shape, dtype) = ("swiglu_backward", dout.shape(), dout.dtype());
+    expect_types(name, &[dtype], &[])?;
     for (label, tensor) in [
         ("gate", gate),
         ("up", up),
         ("dgate", &dgate.as_ref()),
         ("dup", &dup.as_ref()),
     ] {
-        expect_tensor(
-            name,
-            label,
-            (tensor.shape(), tensor.dtype()),
-            shape,
-            DType::F32,
-        )?;
+        expect_tensor(name, label, (tensor.shape(), tensor.dtype()), shape, dtype)?;
     }
     step.launch(
         Backward,

@@ -3,7 +3,7 @@
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect_tensor, scratch, words};
+use super::{expect_tensor, expect_types, scratch, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Tensor, TensorMut};
@@ -86,6 +86,7 @@ fn check(name: &'static str, shape: AttentionShape, qkv: [&Tensor<'_>; 3]) -> Re
         kv_heads,
         head_dim,
     } = shape;
+    expect_types(name, &[qkv[0].dtype()], &[])?;
     super::expect(name, kv_heads > 0 && heads % kv_heads.max(1) == 0, || {
         format!("{heads} heads are not a multiple of {kv_heads} key and value heads")
     })?;
@@ -100,14 +101,14 @@ fn check(name: &'static str, shape: AttentionShape, qkv: [&Tensor<'_>; 3]) -> Re
             label,
             (tensor.shape(), tensor.dtype()),
             shape,
-            DType::F32,
+            qkv[0].dtype(),
         )?;
     }
     Ok(())
 }
 
 /// `out = softmax(q · kᵀ / sqrt(head_dim), causal) · v`. q and out are `[tokens, heads, head_dim]`,
-/// k and v `[tokens, kv_heads, head_dim]`, lse `[batch, heads, seq]`.
+/// k and v `[tokens, kv_heads, head_dim]`, lse `[batch, heads, seq]` in f32.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Scratch`](crate::Error::Scratch).
@@ -125,7 +126,7 @@ pub fn attention(
         "out",
         (out.shape(), out.dtype()),
         q.shape(),
-        DType::F32,
+        q.dtype(),
     )?;
     let rows = [shape.batch, shape.heads, shape.seq];
     expect_tensor(name, "lse", (lse.shape(), lse.dtype()), rows, DType::F32)?;
@@ -154,13 +155,14 @@ pub fn attention_backward(
     let name = "attention_backward";
     check(name, shape, [q, k, v])?;
     check(name, shape, [&dq.as_ref(), &dk.as_ref(), &dv.as_ref()])?;
+    expect_types(name, &[q.dtype(), dq.dtype()], &[output.lse.dtype()])?;
     for (label, tensor) in [("out", &output.out), ("dout", dout)] {
         expect_tensor(
             name,
             label,
             (tensor.shape(), tensor.dtype()),
             q.shape(),
-            DType::F32,
+            q.dtype(),
         )?;
     }
     let frame = step.frame();

@@ -1,10 +1,9 @@
 //! The classifier with its loss.
 
 use forebay_kernels::cpu::ops as host;
-use forebay_kernels::cuda::Element;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect, expect_tensor, scratch, words};
+use super::{expect, expect_tensor, expect_types, scratch, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Tensor, TensorMut};
@@ -94,6 +93,7 @@ pub fn cross_entropy(
             weight.shape()
         )
     })?;
+    expect_types(name, &[x.dtype(), weight.dtype()], &[])?;
     let targets_are = (targets.shape().elements(), targets.dtype());
     expect(name, targets_are == (tokens, DType::U32), || {
         format!("targets must be {tokens} u32, are {targets:?}")
@@ -106,7 +106,7 @@ pub fn cross_entropy(
     };
     let frame = step.frame();
     let floats = |threads| host::cross_entropy_scratch(dims, threads);
-    let bytes = || cuda::cross_entropy_scratch(Element::F32, dims);
+    let bytes = || cuda::cross_entropy_scratch(x.dtype().element(), dims);
     let mut scratch = scratch(step, &frame, floats, bytes)?;
     let op = CrossEntropy {
         dims,
@@ -121,7 +121,7 @@ pub fn cross_entropy(
     else {
         return step.launch(op, &inputs, &[loss.reborrow(), scratch.reborrow()]);
     };
-    expect_tensor(name, "dx", (dx.shape(), dx.dtype()), x.shape(), DType::F32)?;
+    expect_tensor(name, "dx", (dx.shape(), dx.dtype()), x.shape(), x.dtype())?;
     let got = (dweight.shape(), dweight.dtype());
     expect_tensor(name, "dweight", got, weight.shape(), DType::F32)?;
     step.launch(

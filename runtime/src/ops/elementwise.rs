@@ -3,10 +3,10 @@
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect_tensor, words};
+use super::{expect_tensor, expect_types, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
-use crate::tensor::{DType, Tensor, TensorMut};
+use crate::tensor::{Tensor, TensorMut};
 use crate::trainer::Step;
 
 #[derive(Clone, Copy)]
@@ -58,9 +58,10 @@ impl Operation for AddAssign {
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape).
 pub fn add(step: &Step<'_>, a: &Tensor<'_>, b: &Tensor<'_>, out: &mut TensorMut<'_>) -> Result<()> {
+    expect_types("add", &[out.dtype()], &[])?;
     for (label, tensor) in [("a", a), ("b", b)] {
         let got = (tensor.shape(), tensor.dtype());
-        expect_tensor("add", label, got, out.shape(), DType::F32)?;
+        expect_tensor("add", label, got, out.shape(), out.dtype())?;
     }
     step.launch(Add, &[*a, *b], &[out.reborrow()])
 }
@@ -70,12 +71,13 @@ pub fn add(step: &Step<'_>, a: &Tensor<'_>, b: &Tensor<'_>, out: &mut TensorMut<
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape).
 pub fn add_assign(step: &Step<'_>, y: &mut TensorMut<'_>, x: &Tensor<'_>) -> Result<()> {
+    expect_types("add_assign", &[y.dtype()], &[])?;
     expect_tensor(
         "add_assign",
         "x",
         (x.shape(), x.dtype()),
         y.shape(),
-        DType::F32,
+        y.dtype(),
     )?;
     step.launch(AddAssign, &[*x], &[y.reborrow()])
 }

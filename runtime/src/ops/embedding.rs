@@ -3,7 +3,7 @@
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect, expect_tensor, scratch, words};
+use super::{expect, expect_tensor, expect_types, scratch, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{DType, Shape, Tensor, TensorMut};
@@ -91,7 +91,9 @@ pub fn embedding(
     table: &Tensor<'_>,
     out: &mut TensorMut<'_>,
 ) -> Result<()> {
-    let cols = cols("embedding", ids, table.shape(), out.shape())?;
+    let name = "embedding";
+    expect_types(name, &[table.dtype(), out.dtype()], &[])?;
+    let cols = cols(name, ids, table.shape(), out.shape())?;
     step.launch(Forward { cols }, &[*ids, *table], &[out.reborrow()])
 }
 
@@ -105,7 +107,9 @@ pub fn embedding_backward(
     dout: &Tensor<'_>,
     dtable: &mut TensorMut<'_>,
 ) -> Result<()> {
-    let cols = cols("embedding_backward", ids, dtable.shape(), dout.shape())?;
+    let name = "embedding_backward";
+    expect_types(name, &[dout.dtype()], &[dtable.dtype()])?;
+    let cols = cols(name, ids, dtable.shape(), dout.shape())?;
     let frame = step.frame();
     let bytes = || cuda::embedding_backward_scratch(ids.shape().elements());
     let mut scratch = scratch(step, &frame, |_| 0, bytes)?;

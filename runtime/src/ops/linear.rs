@@ -3,7 +3,7 @@
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{Assign, expect, scratch, words};
+use super::{Assign, expect, expect_types, scratch, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{Shape, Tensor, TensorMut};
@@ -98,6 +98,7 @@ pub fn linear(
     weight: &Tensor<'_>,
     y: &mut TensorMut<'_>,
 ) -> Result<()> {
+    expect_types("linear", &[x.dtype(), weight.dtype(), y.dtype()], &[])?;
     let dims = dims("linear", x.shape(), weight.shape(), y.shape())?;
     let which = Which::Forward;
     launch(step, Linear { which, dims }, [*x, *weight], y)
@@ -114,6 +115,7 @@ pub fn linear_dx(
     dx: &mut TensorMut<'_>,
     assign: Assign,
 ) -> Result<()> {
+    expect_types("linear_dx", &[dy.dtype(), weight.dtype(), dx.dtype()], &[])?;
     let dims = dims("linear_dx", dx.shape(), weight.shape(), dy.shape())?;
     let which = Which::Dx(assign);
     launch(step, Linear { which, dims }, [*dy, *weight], dx)
@@ -129,6 +131,7 @@ pub fn linear_dw(
     dy: &Tensor<'_>,
     dweight: &mut TensorMut<'_>,
 ) -> Result<()> {
+    expect_types("linear_dw", &[x.dtype(), dy.dtype()], &[dweight.dtype()])?;
     let dims = dims("linear_dw", x.shape(), dweight.shape(), dy.shape())?;
     let which = Which::Dw;
     launch(step, Linear { which, dims }, [*x, *dy], dweight)

@@ -1,14 +1,15 @@
 //! The operations of decoder models, on whichever device the step runs on.
 //!
 //! Each takes the [`Step`](crate::Step) it belongs to, reads [`Tensor`](crate::Tensor)s and writes
-//! [`TensorMut`](crate::TensorMut)s, all row-major, activations in f32. Shapes and types are
-//! checked here, before anything is queued; what an operation needs besides is taken from the
+//! [`TensorMut`](crate::TensorMut)s, all row-major. Parameters and activations of a call are of one
+//! type, f32 or bf16; gradients of weights, losses and sums are f32. Shapes and types are checked here, before anything is queued; what an operation needs besides is taken from the
 //! step's scratch memory. Gradients of weights are *added* to, those of activations overwritten,
 //! except where a parameter says otherwise. An operation of your own goes the same way:
 //! [`Operation`](crate::Operation).
 
 mod activation;
 mod attention;
+mod cast;
 mod cross_entropy;
 mod elementwise;
 mod embedding;
@@ -18,6 +19,8 @@ mod rope;
 
 pub use activation::{swiglu, swiglu_backward};
 pub use attention::{AttentionOutput, AttentionShape, attention, attention_backward};
+pub use cast::cast;
+pub(crate) use cast::narrow;
 pub use cross_entropy::{ClassifierGrads, IGNORED, cross_entropy};
 pub use elementwise::{add, add_assign, copy};
 pub use embedding::{embedding, embedding_backward};
@@ -68,6 +71,24 @@ fn expect_tensor(
     })
 }
 
+/// Refuses unless all activations and parameters of a call are of one type that operations compute
+/// in, and what accumulates (gradients of weights, losses) is f32.
+fn expect_types(operation: &'static str, compute: &[DType], sums: &[DType]) -> Result<()> {
+    let fits = compute
+        .first()
+        .is_some_and(|first| *first != DType::U32 && compute.iter().all(|dtype| dtype == first));
+    expect(
+        operation,
+        fits && sums.iter().all(|dtype| *dtype == DType::F32),
+        || {
+            format!(
+                "parameters and activations are {compute:?} and sums {sums:?}; the former must be all \
+             F32 or all Bf16, the latter F32"
+            )
+        },
+    )
+}
+
 /// What a CUDA kernel refused, in words.
 fn words(done: Result<(), forebay_kernels::cuda::CudaError>) -> Result<(), String> {
     done.map_err(|error| error.to_string())
@@ -80,8 +101,11 @@ fn scratch<'f>(
     host_floats: impl FnOnce(usize) -> usize,
     cuda_bytes: impl FnOnce() -> usize,
 ) -> Result<TensorMut<'f>> {
-    frame.tensor([match step.target() {
-        Target::Host { threads } => host_floats(threads),
-        Target::Cuda => cuda_bytes().div_ceil(DType::F32.bytes()),
-    }])
+    frame.tensor_of(
+        DType::F32,
+        [match step.target() {
+            Target::Host { threads } => host_floats(threads),
+            Target::Cuda => cuda_bytes().div_ceil(DType::F32.bytes()),
+        }],
+    )
 }

@@ -3,7 +3,7 @@
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{Assign, expect, scratch, words};
+use super::{Assign, expect, expect_types, scratch, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::{Shape, Tensor, TensorMut};
@@ -103,6 +103,7 @@ pub fn rms_norm(
     eps: f32,
     y: &mut TensorMut<'_>,
 ) -> Result<()> {
+    expect_types("rms_norm", &[x.dtype(), weight.dtype(), y.dtype()], &[])?;
     let cols = cols("rms_norm", x.shape(), weight.shape(), &[y.shape()])?;
     step.launch(Forward { cols, eps }, &[*x, *weight], &[y.reborrow()])
 }
@@ -123,6 +124,8 @@ pub fn rms_norm_backward(
     dweight: &mut TensorMut<'_>,
 ) -> Result<()> {
     let name = "rms_norm_backward";
+    let compute = [x.dtype(), weight.dtype(), dy.dtype(), dx.dtype()];
+    expect_types(name, &compute, &[dweight.dtype()])?;
     let cols = cols(name, x.shape(), weight.shape(), &[dy.shape(), dx.shape()])?;
     let same = dweight.shape() == weight.shape();
     expect(name, same, || {

@@ -3,7 +3,7 @@
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
 
-use super::{expect, words};
+use super::{expect, expect_types, words};
 use crate::error::Result;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
 use crate::tensor::TensorMut;
@@ -53,6 +53,7 @@ pub fn rope(
     theta: f64,
     direction: Rotation,
 ) -> Result<()> {
+    expect_types("rope", &[x.dtype()], &[])?;
     let shape = x.shape();
     let [tokens, heads, head_dim] = match shape.dims() {
         [t, h, d] => [*t, *h, *d],

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use forebay_prefetch::{ParamSource, SectionId};
+use forebay_prefetch::{ParamSource, SectionId, TaskRef};
 
 use super::dry::Pass;
 use super::engine::{Engine, Sign};
@@ -13,8 +13,9 @@ use crate::device::{Span, Stream};
 use crate::error::{Error, Result};
 use crate::model::StageId;
 use crate::operation::Launch;
+use crate::ops;
 use crate::target::Target;
-use crate::tensor::View;
+use crate::tensor::{DType, Shape, View};
 
 impl Driver for Engine {
     fn enter(&mut self, stage: StageId) -> Result<()> {
@@ -25,6 +26,7 @@ impl Driver for Engine {
     fn leave(&mut self, stage: StageId) {
         if let Some((id, task)) = self.stage.filter(|(id, _)| *id == stage) {
             debug_assert_eq!(id, stage);
+            self.cast_gradients(stage, task);
             let event = self.device.newest(Stream::Compute);
             self.flying.push((task, Sign::Device(event)));
             self.scheduler_mut().issued(task);
@@ -51,8 +53,8 @@ impl Driver for Engine {
         let grads = &plan.stages()[stage.0 as usize].grads;
         let claim = grads
             .iter()
-            .find(|(s, ..)| *s == section)
-            .map(|(_, claim, _)| *claim);
+            .find(|grad| grad.section == section)
+            .map(|grad| grad.slot);
         claim.map_or(0, |claim| self.slot(plan, task.step, claim))
     }
 
@@ -160,15 +162,45 @@ impl Engine {
         self.order(Stream::Compute, task);
         self.stage = Some((stage, task));
         let plan = Arc::clone(self.scheduler().plan());
-        for (section, claim, first) in &plan.stages()[stage.0 as usize].grads {
-            if *first {
-                let address = self.slot(&plan, task.step, *claim);
-                let bytes = self.section_bytes(*section);
+        for grad in &plan.stages()[stage.0 as usize].grads {
+            if grad.first {
+                let address = self.slot(&plan, task.step, grad.slot);
+                let bytes = 4 * self.model.sections[grad.section.0 as usize].elements();
                 // SAFETY: the slot was just claimed for this gradient.
                 unsafe { self.device.zero(Span { address, bytes }) };
             }
         }
         Ok(())
+    }
+
+    /// Gradients that are whole now leave in the model's type.
+    fn cast_gradients(&mut self, stage: StageId, task: TaskRef) {
+        let plan = Arc::clone(self.scheduler().plan());
+        for grad in plan.stages()[stage.0 as usize]
+            .grads
+            .iter()
+            .filter(|grad| grad.last)
+        {
+            let section = &self.model.sections[grad.section.0 as usize];
+            let Some(offset) = self.model.cast_offset(section) else {
+                continue;
+            };
+            let address = self.slot(&plan, task.step, grad.slot);
+            let view = |address, dtype| View {
+                address,
+                dtype,
+                shape: Shape::from([section.elements() as usize]),
+            };
+            let (sums, leaves) = (
+                view(address, DType::F32),
+                view(address + offset, self.model.dtype),
+            );
+            match ops::narrow(sums, leaves) {
+                // SAFETY: both lie in the gradient's slot, beside each other.
+                Ok(launch) => unsafe { self.device.launch(launch) },
+                Err(error) => drop(self.failed.get_or_insert_with(|| error.to_string())),
+            }
+        }
     }
 
     fn finish_pass(&mut self) -> Result<Finished> {

@@ -346,8 +346,9 @@ impl Engine {
         self.notifier.wait(NAP);
     }
 
+    /// Bytes of a section's parameters.
     pub(super) fn section_bytes(&self, section: SectionId) -> u64 {
-        self.model.sections[section.0 as usize].elements() * 4
+        self.model.sections[section.0 as usize].elements() * self.model.dtype.bytes() as u64
     }
 
     /// Time that each lane worked: compute, to the device, from the device, the optimizer.

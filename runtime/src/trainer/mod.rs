@@ -34,7 +34,6 @@ use crate::error::{Error, Result};
 use crate::machine;
 use crate::model::Model;
 use crate::queue::{Notifier, WorkQueue};
-use crate::tensor::DType;
 use engine::{Engine, Parts, key};
 use places::Places;
 use scratch::Scratch;
@@ -115,7 +114,7 @@ impl Trainer {
     fn open(model: Model, footprint: Footprint, options: &Options, resume: bool) -> Result<Self> {
         let target = options.target()?;
         model.validate()?;
-        let order_model = model.order(DType::F32);
+        let order_model = model.order();
         let budgets = budgets(options)?;
         let placement = place(&order_model, footprint, options, budgets)?;
         let (store_layout, store_options) = disk(&model, &order_model, &placement, options);
@@ -285,7 +284,7 @@ pub fn requirements(
     options: &Options,
 ) -> Result<order::Budgets> {
     model.validate()?;
-    let order_model = model.order(DType::F32);
+    let order_model = model.order();
     // As much as there could be; far from overflow.
     let most = u64::MAX / 4;
     let budgets = order::Budgets {
@@ -364,6 +363,7 @@ fn disk(
     options: &Options,
 ) -> (Layout, forebay_nvme::Options) {
     let mut items = Vec::new();
+    let bytes = model.dtype.bytes() as u32;
     for (id, section) in (0..).map(SectionId).zip(&order_model.sections) {
         let mut add = |state, part, first, elements, components| {
             items.push(Item {
@@ -372,7 +372,7 @@ fn disk(
                     first,
                     elements,
                     components,
-                    element_bytes: 4,
+                    element_bytes: if state == StateKind::Optim { 4 } else { bytes },
                 },
                 name: section.name.clone(),
             });
@@ -383,7 +383,7 @@ fn disk(
                 add(StateKind::Optim, index, part.first, part.elements, 3);
             }
         }
-        let elements = section.param_bytes / 4;
+        let elements = section.elements;
         if placement.param_home(id) == Tier::Disk {
             add(StateKind::Param, 0, 0, elements, 1);
         }

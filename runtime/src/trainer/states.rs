@@ -9,6 +9,7 @@ use forebay_prefetch::{GradHome, SectionId, Tier};
 
 use super::engine::{Engine, key};
 use super::places::SlabPlace;
+use super::update;
 use super::weights::Weights;
 use crate::device::{Span, Stream};
 use crate::error::Result;
@@ -104,11 +105,10 @@ impl Engine {
                     Some(home) => home.address(),
                     None => self.places.get(staging).address(),
                 };
+                let dtype = self.model.dtype;
+                let masters: &[f32] = bytemuck::cast_slice(&slab[..4 * elements]);
                 // SAFETY: nothing is under way on either slab; the part lies inside the section.
-                unsafe {
-                    let target = target.cast::<f32>().add(first);
-                    std::ptr::copy_nonoverlapping(slab.address().cast(), target, elements);
-                }
+                unsafe { update::cast_masters(masters, target.add(first * dtype.bytes()), dtype) };
             }
             self.places.return_slab(place, slab);
         }

@@ -183,17 +183,17 @@ impl<'t> Step<'t> {
         Ok(Tensor::new(view))
     }
 
-    /// An f32 tensor that lives as long as the step; what it holds is undefined until written.
+    /// A tensor of this type that lives as long as the step; what it holds is undefined until written.
     ///
     /// # Errors
     /// [`Error::Scratch`].
-    pub fn tensor(&self, shape: impl Into<Shape>) -> Result<TensorMut<'_>> {
+    pub fn tensor(&self, dtype: DType, shape: impl Into<Shape>) -> Result<TensorMut<'_>> {
         let shape = shape.into();
-        let bytes = (shape.elements() * DType::F32.bytes()) as u64;
+        let bytes = (shape.elements() * dtype.bytes()) as u64;
         let address = self.core.borrow_mut().scratch.reserve(bytes)?;
         Ok(TensorMut::new(View {
             address,
-            dtype: DType::F32,
+            dtype,
             shape,
         }))
     }
@@ -222,37 +222,63 @@ impl<'t> Step<'t> {
         self.core.borrow_mut().driver.loss(loss.view)
     }
 
-    /// Copies an f32 tensor to the host, waiting for all that was queued: for logits and tests,
-    /// not for the path of a step.
+    /// Copies a tensor of f32 or bf16 to the host, waiting for all that was queued: for logits and
+    /// tests, not for the path of a step.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `out` has another length or the type is not f32; the device's failure.
+    /// [`Error::Shape`] if `out` has another length or the type is another; [`Error::Scratch`], for
+    /// bf16 is cast on the device; the device's failure.
     pub fn read(&self, tensor: &Tensor<'_>, out: &mut [f32]) -> Result<()> {
-        if tensor.shape().elements() != out.len() || tensor.dtype() != DType::F32 {
+        if tensor.shape().elements() != out.len() || tensor.dtype() == DType::U32 {
             let what = format!("{tensor:?} does not fit {} f32 values", out.len());
             return Err(Error::Shape {
                 operation: "read",
                 what,
             });
         }
-        self.core.borrow_mut().driver.read(tensor.view, out)
+        if tensor.dtype() == DType::F32 {
+            return self.core.borrow_mut().driver.read(tensor.view, out);
+        }
+        let frame = self.frame();
+        let mut wide = frame.tensor_of(DType::F32, tensor.shape())?;
+        crate::ops::cast(self, tensor, &mut wide)?;
+        self.core.borrow_mut().driver.read(wide.view, out)
     }
 
     /// Queues an operation: one of [`crate::ops`] or your own. Outputs are handed over for the call
     /// ([`TensorMut::reborrow`]).
     ///
     /// # Errors
-    /// [`Error::Shape`] if an output overlaps another tensor of the call.
+    /// [`Error::Shape`] if an output overlaps another tensor of the call. [`Error::Scratch`], for on
+    /// the host device bf16 tensors are widened for the operation.
     pub fn launch<O: Operation>(
         &self,
         operation: O,
         inputs: &[Tensor<'_>],
         outputs: &[TensorMut<'_>],
     ) -> Result<()> {
-        self.core
-            .borrow_mut()
-            .driver
-            .launch(Launch::new(operation, inputs, outputs)?)
+        let mut launch = Launch::new(operation, inputs, outputs)?;
+        let mut core = self.core.borrow_mut();
+        let Core {
+            driver, scratch, ..
+        } = &mut *core;
+        let floats = match driver.target() {
+            Target::Host { .. } => launch.wide_floats(),
+            Target::Cuda => 0,
+        };
+        // What comes next on the compute stream may have the room again: it runs later.
+        let frame = scratch.push();
+        let room = scratch.allocate(frame, 4 * floats);
+        scratch.pop(frame);
+        if floats > 0 {
+            launch.widen_in(room?);
+        }
+        driver.launch(launch)
+    }
+
+    /// The type that the model computes in.
+    pub fn dtype(&self) -> DType {
+        self.model.dtype
     }
 
     /// What operations run on, for the size of their workspaces.
@@ -299,7 +325,7 @@ impl std::fmt::Debug for Step<'_> {
 
 /// What a lease or frame needs of its step, whatever the step borrows.
 trait Host {
-    fn tensor(&self, frame: usize, shape: Shape) -> Result<View>;
+    fn tensor(&self, frame: usize, dtype: Option<DType>, shape: Shape) -> Result<View>;
     fn pop(&self, frame: usize);
     fn param(&self, section: SectionId) -> u64;
     fn grad(&self, section: SectionId) -> u64;
@@ -309,12 +335,13 @@ trait Host {
 }
 
 impl Host for Step<'_> {
-    fn tensor(&self, frame: usize, shape: Shape) -> Result<View> {
-        let bytes = (shape.elements() * DType::F32.bytes()) as u64;
+    fn tensor(&self, frame: usize, dtype: Option<DType>, shape: Shape) -> Result<View> {
+        let dtype = dtype.unwrap_or(self.model.dtype);
+        let bytes = (shape.elements() * dtype.bytes()) as u64;
         let address = self.core.borrow_mut().scratch.allocate(frame, bytes)?;
         Ok(View {
             address,
-            dtype: DType::F32,
+            dtype,
             shape,
         })
     }
@@ -353,13 +380,23 @@ pub struct Frame<'s> {
 }
 
 impl Frame<'_> {
-    /// An f32 tensor in this frame; what it holds is undefined until it is written.
+    /// A tensor in this frame, in the model's type; what it holds is undefined until it is written.
     ///
     /// # Errors
     /// [`Error::Scratch`] when scratch memory is used up; [`Error::Misuse`] while a frame opened
     /// later is alive.
     pub fn tensor(&self, shape: impl Into<Shape>) -> Result<TensorMut<'_>> {
-        Ok(TensorMut::new(self.step.tensor(self.index, shape.into())?))
+        let view = self.step.tensor(self.index, None, shape.into())?;
+        Ok(TensorMut::new(view))
+    }
+
+    /// As [`Frame::tensor`], of this type: for sums, losses and the like, which are f32 in any model.
+    ///
+    /// # Errors
+    /// As [`Frame::tensor`].
+    pub fn tensor_of(&self, dtype: DType, shape: impl Into<Shape>) -> Result<TensorMut<'_>> {
+        let view = self.step.tensor(self.index, Some(dtype), shape.into())?;
+        Ok(TensorMut::new(view))
     }
 }
 
@@ -390,22 +427,23 @@ impl StageLease<'_> {
     /// # Errors
     /// [`Error::Misuse`] if the stage did not declare the section or it has no such tensor.
     pub fn param(&self, section: SectionId, tensor: &str) -> Result<Tensor<'_>> {
-        let (offset, shape) = self.place(&self.spec.params, "params", section, tensor)?;
-        let address = self.step.param(section) + offset;
+        let dtype = self.model.dtype;
+        let (start, shape) = self.place(&self.spec.params, "params", section, tensor)?;
+        let address = self.step.param(section) + start * dtype.bytes() as u64;
         Ok(Tensor::new(View {
             address,
-            dtype: DType::F32,
+            dtype,
             shape,
         }))
     }
 
-    /// The gradient accumulator of a tensor; operations add to it.
+    /// The gradient accumulator of a tensor, in f32; operations add to it.
     ///
     /// # Errors
     /// [`Error::Misuse`] if the stage did not declare the section or it has no such tensor.
     pub fn grad(&self, section: SectionId, tensor: &str) -> Result<TensorMut<'_>> {
-        let (offset, shape) = self.place(&self.spec.grads, "grads", section, tensor)?;
-        let address = self.step.grad(section) + offset;
+        let (start, shape) = self.place(&self.spec.grads, "grads", section, tensor)?;
+        let address = self.step.grad(section) + start * DType::F32.bytes() as u64;
         Ok(TensorMut::new(View {
             address,
             dtype: DType::F32,
@@ -421,8 +459,9 @@ impl StageLease<'_> {
         let shape = self.spec.saves.ok_or_else(|| {
             Error::Misuse(format!("stage '{}' declared no checkpoint", self.spec.name))
         })?;
-        if x.shape().elements() != shape.elements() || x.dtype() != DType::F32 {
-            let what = format!("the checkpoint is {shape:?} f32, not {x:?}");
+        let dtype = self.model.dtype;
+        if x.shape().elements() != shape.elements() || x.dtype() != dtype {
+            let what = format!("the checkpoint is {dtype:?} {shape:?}, not {x:?}");
             return Err(Error::Shape {
                 operation: "save",
                 what,
@@ -450,7 +489,7 @@ impl StageLease<'_> {
             })?;
         Ok(Tensor::new(View {
             address: self.step.saved(saver),
-            dtype: DType::F32,
+            dtype: self.model.dtype,
             shape,
         }))
     }
@@ -472,7 +511,7 @@ impl StageLease<'_> {
         section
             .places()
             .find(|(_, spec)| spec.name == tensor)
-            .map(|(start, spec)| ((start * DType::F32.bytes()) as u64, spec.shape))
+            .map(|(start, spec)| (start as u64, spec.shape))
             .ok_or_else(|| {
                 Error::Misuse(format!(
                     "section '{}' has no tensor '{tensor}'",

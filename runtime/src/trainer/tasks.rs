@@ -75,6 +75,11 @@ impl Engine {
         let plan = Arc::clone(self.scheduler().plan());
         let bytes = spec.amount;
         let address = match (spec.slot, spec.kind) {
+            (Some(claim), TaskKind::GradOut(section)) => {
+                let section = &self.model.sections[section.0 as usize];
+                let offset = self.model.cast_offset(section).unwrap_or(0);
+                self.slot(&plan, task.step, claim) + offset
+            }
             (Some(claim), _) => self.slot(&plan, task.step, claim),
             (None, TaskKind::PushParam(section)) => self.resident(section),
             _ => unreachable!("every other copy has a slot from a pool"),
@@ -133,10 +138,10 @@ impl Engine {
     pub(super) fn grad_norm(&mut self, task: TaskRef, spec: &Task, section: SectionId) {
         let grad = self.places.get(self.slab_place(task, spec)).address() as usize;
         let (optimizer, sums) = (Arc::clone(&self.optimizer), Arc::clone(&self.sums));
-        let elements = spec.amount as usize;
+        let (elements, dtype) = (spec.amount as usize, self.model.dtype);
         let seq = self.lane.push("gradient norm", move || {
             // SAFETY: the slab belongs to the gradient until its update is done.
-            let sum = unsafe { update::norm(&optimizer, grad as *const f32, elements) };
+            let sum = unsafe { update::norm(&optimizer, grad, dtype, elements) };
             sums[section.0 as usize].store(sum.sum.to_bits(), Ordering::Release);
             Ok(())
         });
@@ -204,14 +209,9 @@ impl Engine {
         let span = self.placement.parts(section)[part as usize];
         let place = PartPlace {
             states: self.places.get(states).address().cast(),
-            grad: self
-                .places
-                .get(self.slab_place(task, spec))
-                .address()
-                .cast(),
-            param: self.places.param[index]
-                .as_ref()
-                .map(|slab| slab.address().cast()),
+            grad: self.places.get(self.slab_place(task, spec)).address(),
+            param: self.places.param[index].as_ref().map(|slab| slab.address()),
+            dtype: self.model.dtype,
             first: span.first as usize,
             elements: span.elements as usize,
         };

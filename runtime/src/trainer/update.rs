@@ -9,10 +9,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_kernels::cpu::{
-    AdamScalars, Exchange, Isa, NormIn, SquareSum, States, Workers, adamw_parallel, square_sum,
+    AdamScalars, Exchange, Isa, NormIn, SquareSum, States, Workers, adamw_parallel, f32_to_bf16,
+    square_sum,
 };
 
 use crate::model::Section;
+use crate::tensor::DType;
 
 /// A run of elements of a section that weight decay treats alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,9 +61,11 @@ pub(super) struct PartPlace {
     /// `[master | m | v]` of the part.
     pub(super) states: *mut f32,
     /// The section's gradient, from its first element.
-    pub(super) grad: *mut f32,
+    pub(super) grad: *mut u8,
     /// The section's parameters if they have a slab of their own.
-    pub(super) param: Option<*mut f32>,
+    pub(super) param: Option<*mut u8>,
+    /// The type of both.
+    pub(super) dtype: DType,
     /// First element of the part in the section.
     pub(super) first: usize,
     /// Elements of the part.
@@ -103,13 +107,17 @@ pub(super) unsafe fn update(
             let states = |i: usize| {
                 std::slice::from_raw_parts_mut(place.states.add(i * place.elements + inside), len)
             };
-            let grad = std::slice::from_raw_parts_mut(place.grad.add(start), len);
-            let exchange = match place.param {
-                Some(param) => Exchange::F32 {
-                    grad,
-                    param: std::slice::from_raw_parts_mut(param.add(start), len),
+            let exchange = match (place.dtype, place.param) {
+                (DType::Bf16, Some(param)) => Exchange::Bf16 {
+                    grad: run_of(place.grad, start, len),
+                    param: run_of(param, start, len),
                 },
-                None => Exchange::InPlaceF32(grad),
+                (DType::Bf16, None) => Exchange::InPlaceBf16(run_of(place.grad, start, len)),
+                (_, Some(param)) => Exchange::F32 {
+                    grad: run_of(place.grad, start, len),
+                    param: run_of(param, start, len),
+                },
+                (_, None) => Exchange::InPlaceF32(run_of(place.grad, start, len)),
             };
             (
                 States {
@@ -129,14 +137,50 @@ pub(super) unsafe fn update(
     }
 }
 
+/// Elements of an array that begins at `base`.
+///
+/// # Safety
+/// They are mapped, of this type, and nobody else touches them as long as the slice lives.
+unsafe fn run_of<'a, T>(base: *mut u8, start: usize, len: usize) -> &'a mut [T] {
+    // SAFETY: by the contract above.
+    unsafe { std::slice::from_raw_parts_mut(base.cast::<T>().add(start), len) }
+}
+
 /// The sum of squares of a gradient.
 ///
 /// # Safety
-/// `grad` is readable for `elements` elements and nobody writes it until this returns.
-pub(super) unsafe fn norm(optimizer: &Optimizer, grad: *const f32, elements: usize) -> SquareSum {
+/// `grad` is the address of `elements` elements of this type, and nobody writes them until this
+/// returns.
+pub(super) unsafe fn norm(
+    optimizer: &Optimizer,
+    grad: usize,
+    dtype: DType,
+    elements: usize,
+) -> SquareSum {
+    let base = grad as *mut u8;
+    // SAFETY: by the contract above; only read.
+    let values = unsafe {
+        match dtype {
+            DType::Bf16 => NormIn::Bf16(run_of(base, 0, elements)),
+            DType::F32 | DType::U32 => NormIn::F32(run_of(base, 0, elements)),
+        }
+    };
+    square_sum(&optimizer.workers, values)
+}
+
+/// Puts parameters where they live, cast from their masters.
+///
+/// # Safety
+/// `to` is the address of the first of as many elements of this type, which nobody else touches until
+/// this returns.
+pub(super) unsafe fn cast_masters(masters: &[f32], to: *mut u8, dtype: DType) {
     // SAFETY: by the contract above.
-    let grad = unsafe { std::slice::from_raw_parts(grad, elements) };
-    square_sum(&optimizer.workers, NormIn::F32(grad))
+    unsafe {
+        match dtype {
+            DType::Bf16 => f32_to_bf16(masters, run_of(to, 0, masters.len())),
+            DType::F32 | DType::U32 => run_of(to, 0, masters.len()).copy_from_slice(masters),
+        }
+    }
 }
 
 #[cfg(test)]
