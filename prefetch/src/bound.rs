@@ -19,6 +19,8 @@ pub struct Rates {
     pub disk_write: f64,
     /// Elements per second updated by the CPU.
     pub cpu: f64,
+    /// Elements per second updated on the device; infinite where that time is in `stage_seconds`.
+    pub device_update: f64,
 }
 
 impl Rates {
@@ -31,6 +33,7 @@ impl Rates {
             disk_read: rate,
             disk_write: rate,
             cpu: rate,
+            device_update: rate,
         }
     }
 
@@ -49,6 +52,7 @@ impl Rates {
             (Lane::D2h, _) => amount / self.d2h,
             (Lane::DiskRead, _) => amount / self.disk_read,
             (Lane::DiskWrite, _) => amount / self.disk_write,
+            (Lane::Update, _) => amount / self.device_update,
             (Lane::Compute | Lane::Cpu, _) => amount / self.cpu,
         }
     }
@@ -65,7 +69,7 @@ pub struct Traffic {
     pub disk_read: u64,
     /// Bytes written to disk.
     pub disk_write: u64,
-    /// Elements updated.
+    /// Elements updated, on the CPU and on the device.
     pub updated: u64,
 }
 
@@ -126,7 +130,7 @@ pub fn bound(plan: &Plan, rates: &Rates) -> Bound {
     let lane = |lane: Lane| sum(&|t| plan.tasks()[t].lane == lane);
     let disk = lane(Lane::DiskRead) + lane(Lane::DiskWrite);
     let parts = [
-        (lane(Lane::Compute), "compute"),
+        (lane(Lane::Compute) + lane(Lane::Update), "compute"),
         (lane(Lane::H2d).max(lane(Lane::D2h)), "link"),
         (disk, "disk"),
         (lane(Lane::Cpu), "cpu"),

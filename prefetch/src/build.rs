@@ -260,6 +260,15 @@ impl<'a> Builder<'a> {
         if last != stage {
             return;
         }
+        let elements = self.model.sections[section.0 as usize].elements;
+        let home = self.placement.grad_home(section);
+        if home == GradHome::Device {
+            let deps = vec![issued(compute)];
+            let norm = self.add(TaskKind::GradNorm(section), Lane::Update, elements, deps);
+            self.at(norm).slot = Some(slot);
+            self.progress(section).norm = Some(norm);
+            return;
+        }
         let bytes = self.bytes(section);
         let out = self.add(
             TaskKind::GradOut(section),
@@ -269,11 +278,9 @@ impl<'a> Builder<'a> {
         );
         self.at(out).slot = Some(slot);
         self.at(out).frees.push(slot);
-        let home = self.placement.grad_home(section);
         let slab = (home != GradHome::Slab)
             .then(|| self.claim(out, self.placement.pool(PoolKind::GradStage, section)));
         self.at(out).slab = slab;
-        let elements = self.model.sections[section.0 as usize].elements;
         let norm = self.add(
             TaskKind::GradNorm(section),
             Lane::Cpu,
@@ -284,7 +291,7 @@ impl<'a> Builder<'a> {
         self.progress(section).norm = Some(norm);
         self.progress(section).grad_slab = slab;
         match home {
-            GradHome::Slab => {}
+            GradHome::Slab | GradHome::Device => {}
             GradHome::Passing => self.updates(section, after(norm)),
             GradHome::Disk => {
                 let deps = vec![after(norm)];
@@ -350,6 +357,24 @@ impl<'a> Builder<'a> {
         progress.states = states;
     }
 
+    /// Updates the parts of a section on the device, where its gradient waits in its slot.
+    fn updates_on_device(&mut self, section: SectionId, ready: Dep) {
+        let slot = self.progress(section).grad_slot;
+        let parts = self.placement.parts(section).to_vec();
+        for (index, part) in (0..).zip(&parts) {
+            let kind = TaskKind::Update(section, index);
+            let update = self.add(kind, Lane::Update, part.elements, vec![ready]);
+            self.at(update).slot = slot;
+            // In one stream the last to start is the last to end; to start last it waits for all.
+            if index as usize + 1 == parts.len() {
+                let before = self.progress(section).updates.clone();
+                self.at(update).deps.extend(before.into_iter().map(issued));
+                self.at(update).frees.extend(slot);
+            }
+            self.progress(section).updates.push(update);
+        }
+    }
+
     fn settle(&mut self, section: SectionId, slab: Option<ClaimRef>, updates: &[TaskId]) {
         let deps: Vec<Dep> = updates.iter().copied().map(after).collect();
         let bytes = self.bytes(section);
@@ -389,6 +414,10 @@ impl<'a> Builder<'a> {
         waiting.sort_by_key(|s| self.model.first_use(*s));
         for section in waiting {
             let mut ready = after(norm);
+            if self.placement.grad_home(section) == GradHome::Device {
+                self.updates_on_device(section, ready);
+                continue;
+            }
             if let Some(spill) = self.progress(section).spill {
                 let bytes = self.bytes(section);
                 let deps = vec![after(spill), after(norm)];
@@ -446,8 +475,15 @@ impl<'a> Builder<'a> {
                         after(task)
                     }
                 });
+                let update = |task: TaskId| {
+                    if on_device && self.tasks[task.0 as usize].lane.on_device() {
+                        issued(task)
+                    } else {
+                        after(task)
+                    }
+                };
                 let updates = settled.map_or_else(
-                    || progress.updates.iter().copied().map(after).collect(),
+                    || progress.updates.iter().copied().map(update).collect(),
                     |s| vec![s],
                 );
                 // An overflow is only known at the norm; until then an update may be undone.

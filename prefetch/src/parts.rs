@@ -12,7 +12,7 @@ pub struct Part {
     pub first: u64,
     /// Number of elements.
     pub elements: u64,
-    /// Where its optimizer states live: `Pinned` or `Disk`.
+    /// Where its optimizer states live.
     pub home: Tier,
 }
 

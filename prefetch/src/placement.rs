@@ -2,6 +2,8 @@
 //!
 //! Device: sections of equal size form a *class* and share slots. A class with as many slots as
 //! members is resident; otherwise its members pass through the slots in turn, a ring as in SE-MoE.
+//! Where all parameters are resident and there is room still, optimizer states stay too, section by
+//! section, with the gradient that they wait for.
 //! Pinned memory: first what must pass through it, then what look-ahead wants, then gradients,
 //! parameters and optimizer states as far as they go. The disk takes the rest.
 
@@ -28,9 +30,11 @@ pub enum Policy {
     /// Each state on the fastest tier that has room.
     #[default]
     Auto,
-    /// Parameters on the device, everything else in pinned memory.
+    /// Parameters on the device, and optimizer states as far as there is room; the rest in pinned
+    /// memory.
     Resident,
-    /// Nothing on disk; what the device cannot hold streams from pinned memory.
+    /// Nothing on disk, and no optimizer states on the device; what the device cannot hold streams
+    /// from pinned memory.
     Pinned,
     /// Everything on disk; the other tiers hold only what passes through.
     Disk,
@@ -78,6 +82,8 @@ pub enum GradHome {
     Disk,
     /// Nowhere: the update follows at once, from a shared slab.
     Passing,
+    /// On the device, where the section is updated: it keeps its slot until then.
+    Device,
 }
 
 /// Sections of one size.
@@ -90,6 +96,8 @@ struct Class {
     param_slots_min: u64,
     grad_slots: u64,
     grad_slots_min: u64,
+    /// Members that are updated on the device: each holds a gradient slot from backward to update.
+    updated_here: u64,
 }
 
 /// Where everything lives. Made by [`place`].
@@ -206,7 +214,33 @@ impl Placement {
                 self.param_home[section] = Tier::Device;
             }
         }
+        let all_here = self.param_home.iter().all(|home| *home == Tier::Device);
+        let may = matches!(self.options.policy, Policy::Auto | Policy::Resident);
+        if all_here && may {
+            self.keep_optim_on_device(model, budget);
+        }
         Ok(())
+    }
+
+    /// Optimizer states on the device, of the sections that the next forward pass needs first: the
+    /// others have the time until they are needed.
+    fn keep_optim_on_device(&mut self, model: &Model, budget: u64) {
+        let mut sections: Vec<usize> = (0..model.sections.len()).collect();
+        sections.sort_by_key(|s| model.first_use(SectionId(*s as u32)));
+        for section in sections {
+            if model.grad_span(SectionId(section as u32)).is_none() {
+                continue;
+            }
+            let mut trial = self.clone();
+            trial.grad_home[section] = GradHome::Device;
+            trial.classes[trial.class_of[section]].updated_here += 1;
+            for part in &mut trial.parts[section] {
+                part.home = Tier::Device;
+            }
+            if trial.device_bytes() <= budget {
+                *self = trial;
+            }
+        }
     }
 
     /// What the device has room for beyond that: checkpoints first (each byte kept saves two
@@ -258,9 +292,7 @@ impl Placement {
         let mut full = self.clone();
         for section in 0..model.sections.len() {
             full.keep_param(section);
-            full.parts[section]
-                .iter_mut()
-                .for_each(|p| p.home = Tier::Pinned);
+            full.keep_optim(section);
         }
         full.set_grad_homes(true);
         full.stage(true);
@@ -300,8 +332,13 @@ impl Placement {
     /// optimizer states, part by part.
     fn keep_in_pinned(&mut self, model: &Model, budget: u64, ahead: bool) {
         let sections = 0..model.sections.len();
+        let here: Vec<bool> = self
+            .grad_home
+            .iter()
+            .map(|h| *h != GradHome::Device)
+            .collect();
         if self.options.timing == Timing::AfterNorm {
-            for section in sections.clone() {
+            for section in sections.clone().filter(|s| here[*s]) {
                 self.try_pinned(budget, |p| {
                     p.grad_home[section] = GradHome::Slab;
                     p.stage(ahead);
@@ -316,12 +353,10 @@ impl Placement {
                 p.stage(ahead);
             });
         }
-        for section in sections {
+        for section in sections.filter(|s| here[*s]) {
             if self.options.timing == Timing::Immediate {
                 self.try_pinned(budget, |p| {
-                    p.parts[section]
-                        .iter_mut()
-                        .for_each(|part| part.home = Tier::Pinned);
+                    p.keep_optim(section);
                     p.grad_home[section] = GradHome::Slab;
                     p.stage(ahead);
                 });
@@ -346,7 +381,7 @@ impl Placement {
         for section in sections {
             let elements = model.sections[section].elements;
             seen += elements;
-            if 3 * (waiting + elements) > seen {
+            if self.grad_home[section] == GradHome::Device || 3 * (waiting + elements) > seen {
                 continue;
             }
             let fits = self.try_pinned(budget, |p| {
@@ -373,8 +408,19 @@ impl Placement {
         }
     }
 
+    fn keep_optim(&mut self, section: usize) {
+        for part in &mut self.parts[section] {
+            if part.home == Tier::Disk {
+                part.home = Tier::Pinned;
+            }
+        }
+    }
+
     fn set_grad_homes(&mut self, in_pinned: bool) {
         for section in 0..self.grad_home.len() {
+            if self.grad_home[section] == GradHome::Device {
+                continue;
+            }
             let all_on_disk = self.parts[section].iter().all(|p| p.home == Tier::Disk);
             self.grad_home[section] = match self.options.timing {
                 Timing::Immediate if all_on_disk => GradHome::Passing,
@@ -398,7 +444,8 @@ impl Placement {
                 class.members.iter().filter(|s| holds(s.0 as usize)).count()
             };
             let params = count(&|s| self.param_home[s] == Tier::Disk);
-            let grads = count(&|s| self.grad_home[s] != GradHome::Slab);
+            let passes = |s: usize| matches!(self.grad_home[s], GradHome::Disk | GradHome::Passing);
+            let grads = count(&passes);
             self.param_stage[index] = wanted(params, 2 + lookahead);
             self.grad_stage[index] = wanted(grads, 2 + lookahead.min(1));
         }
@@ -408,7 +455,9 @@ impl Placement {
             .flatten()
             .filter(|p| p.home == Tier::Disk)
             .count();
-        self.optim_stage = wanted(parts, 1 + lookahead.max(1) * 2);
+        // What lives on the device comes and goes through one too, when it is loaded and published.
+        let any_here = self.grad_home.contains(&GradHome::Device);
+        self.optim_stage = wanted(parts, 1 + lookahead.max(1) * 2).max(u64::from(any_here));
     }
 
     fn act_slabs(&self) -> u64 {
@@ -424,9 +473,15 @@ impl Placement {
         let round = |bytes: u64| bytes.next_multiple_of(DEVICE_ALIGN);
         let classes = self.classes.iter().map(|c| {
             let params = c.param_slots.saturating_mul(round(c.param_bytes));
-            params.saturating_add(c.grad_slots.saturating_mul(round(c.grad_slot_bytes)))
+            params.saturating_add(c.all_grad_slots().saturating_mul(round(c.grad_slot_bytes)))
         });
+        let here = self
+            .parts
+            .iter()
+            .flatten()
+            .filter(|p| p.home == Tier::Device);
         round(self.options.scratch_bytes)
+            + here.map(|p| round(12 * p.elements)).sum::<u64>()
             + self.act_slots * round(self.act_bytes)
             + classes.sum::<u64>()
     }
@@ -485,11 +540,11 @@ impl Placement {
         self.grad_home[section.0 as usize]
     }
 
-    /// Bytes of optimizer states that live in pinned memory.
-    pub fn pinned_optim_bytes(&self) -> u64 {
+    /// Bytes of optimizer states that do not live on disk: what a generation writes.
+    pub fn volatile_optim_bytes(&self) -> u64 {
         let parts = self.parts.iter().flatten();
-        let pinned = parts.filter(|p| p.home == Tier::Pinned);
-        pinned.map(|p| 12 * p.elements).sum()
+        let volatile = parts.filter(|p| p.home != Tier::Disk);
+        volatile.map(|p| 12 * p.elements).sum()
     }
 
     /// A section's parts, in order.
@@ -583,7 +638,7 @@ impl Placement {
                 pool(PoolKind::ParamSlot, class.param_slots),
                 Pool {
                     bytes: class.grad_slot_bytes,
-                    ..pool(PoolKind::GradSlot, class.grad_slots)
+                    ..pool(PoolKind::GradSlot, class.all_grad_slots())
                 },
                 pool(PoolKind::ParamStage, self.param_stage[index]),
                 pool(PoolKind::GradStage, self.grad_stage[index]),
@@ -603,7 +658,14 @@ impl Class {
             param_slots_min: 0,
             grad_slots: 0,
             grad_slots_min: 0,
+            updated_here: 0,
         }
+    }
+
+    /// Slots for the gradients of members that are updated elsewhere, and one for each of the others.
+    fn all_grad_slots(&self) -> u64 {
+        let others = self.members.len() as u64 - self.updated_here;
+        self.updated_here + self.grad_slots.min(others)
     }
 
     fn fits(&self, section: &SectionSize) -> bool {

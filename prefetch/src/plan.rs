@@ -19,22 +19,25 @@ pub enum Lane {
     DiskWrite,
     /// The optimizer's threads.
     Cpu,
+    /// The optimizer on the device, on the compute stream.
+    Update,
 }
 
 /// All lanes, in the order of their discriminants.
-pub const LANES: [Lane; 6] = [
+pub const LANES: [Lane; 7] = [
     Lane::Compute,
     Lane::H2d,
     Lane::D2h,
     Lane::DiskRead,
     Lane::DiskWrite,
     Lane::Cpu,
+    Lane::Update,
 ];
 
 impl Lane {
     /// Whether the device itself orders this lane's work by events.
     pub fn on_device(self) -> bool {
-        matches!(self, Self::Compute | Self::H2d | Self::D2h)
+        matches!(self, Self::Compute | Self::H2d | Self::D2h | Self::Update)
     }
 }
 
@@ -57,7 +60,7 @@ pub enum TaskKind {
     RestoreAct(StageId),
     /// Copies a whole gradient out.
     GradOut(SectionId),
-    /// Sums the squares of a gradient in pinned memory.
+    /// Sums the squares of a gradient, in pinned memory or on the device.
     GradNorm(SectionId),
     /// Writes a gradient to disk.
     SpillGrad(SectionId),
@@ -67,8 +70,8 @@ pub enum TaskKind {
     Norm,
     /// Reads a part's optimizer states from disk.
     ReadOptim(SectionId, u32),
-    /// Updates a part. The new parameters go to the section's slab if its parameters live in
-    /// pinned memory, and else over the gradient.
+    /// Updates a part. On the device the new parameters go to the section's own slot; on the CPU to
+    /// the section's slab if its parameters live in pinned memory, and else over the gradient.
     Update(SectionId, u32),
     /// Writes a part's optimizer states to disk.
     WriteOptim(SectionId, u32),

@@ -25,7 +25,7 @@ const OPEN_STEPS: usize = 2;
 
 /// Tasks that may be started and unfinished at once, by lane. Device lanes run ahead by events;
 /// disks want depth; the optimizer wants its next piece at hand.
-const IN_FLIGHT: [usize; 6] = [usize::MAX, 8, 8, 16, 16, 2];
+const IN_FLIGHT: [usize; LANES.len()] = [usize::MAX, 8, 8, 16, 16, 2, usize::MAX];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Status {
@@ -74,8 +74,8 @@ pub struct Scheduler {
     spare: Vec<Instance>,
     begun: u64,
     pools: Vec<PoolState>,
-    ready: [Vec<TaskRef>; 6],
-    in_flight: [usize; 6],
+    ready: [Vec<TaskRef>; LANES.len()],
+    in_flight: [usize; LANES.len()],
     /// Compute stages done, over all steps: the position look-ahead is measured from.
     cursor: u64,
     /// Updates from disk done, over all steps.
@@ -133,7 +133,7 @@ impl Scheduler {
             begun: 0,
             pools,
             ready: LANES.map(|_| Vec::with_capacity(OPEN_STEPS * count)),
-            in_flight: [0; 6],
+            in_flight: [0; LANES.len()],
             cursor: 0,
             updated: 0,
             plan,

@@ -216,6 +216,8 @@ fn validate(
             for section in &model.stages[index].grads {
                 let out = find(TaskKind::GradOut(*section), step);
                 before(compute, out, "takes a gradient that is not whole")?;
+                let summed = find(TaskKind::GradNorm(*section), step);
+                before(compute, summed, "sums a gradient that is not whole")?;
             }
         }
         let norm = find(TaskKind::Norm, step);
@@ -288,6 +290,7 @@ fn rates(model: &Model, compute: f64, link: f64, disk: f64) -> Rates {
         disk_read: disk,
         disk_write: disk,
         cpu: 1e12,
+        device_update: 1e11,
     }
 }
 
@@ -306,15 +309,16 @@ proptest! {
         let least = least(&model, &options);
         let most = place(&model, ALL, &options).unwrap();
         let between = |least: u64, most: u64, part: u64| least + most.saturating_sub(least) * part / 90;
-        let budgets = Budgets {
-            device_bytes: between(least.device_bytes, most.device_bytes(), device),
-            pinned_bytes: between(least.pinned_bytes, most.pinned_bytes(), pinned).max(least.pinned_bytes),
+        let device_bytes = between(least.device_bytes, most.device_bytes(), device);
+        // What pinned memory must hold depends on what the device holds.
+        let with = |pinned_bytes| place(&model, Budgets { device_bytes, pinned_bytes }, &options);
+        let least = match with(0).unwrap_err() {
+            Error::PinnedBudget { least, .. } => least,
+            other => return Err(TestCaseError::fail(other.to_string())),
         };
-        let placement = match place(&model, budgets, &options) {
-            Ok(placement) => placement,
-            // With more device memory, fewer checkpoints and more parameters pass through.
-            Err(error) => return Err(TestCaseError::fail(error.to_string())),
-        };
+        let most = with(ALL.pinned_bytes).unwrap().pinned_bytes();
+        let budgets = Budgets { device_bytes, pinned_bytes: between(least, most, pinned) };
+        let placement = with(budgets.pinned_bytes).map_err(|e| TestCaseError::fail(e.to_string()))?;
         prop_assert!(placement.device_bytes() <= budgets.device_bytes);
         prop_assert!(placement.pinned_bytes() <= budgets.pinned_bytes);
         let speed = speeds.map(|s| 10f64.powi(s as i32 + 6));
@@ -373,6 +377,7 @@ fn balanced(lookahead: u32, timing: Timing) -> (SimReport, Bound) {
         disk_read: (traffic.disk_read + traffic.disk_write) as f64,
         disk_write: (traffic.disk_read + traffic.disk_write) as f64,
         cpu: 4.0 * traffic.updated as f64,
+        device_update: f64::INFINITY,
     };
     let bound = bound(&plan, &rates);
     (simulate(plan.into(), &rates, 20, 0), bound)
@@ -413,24 +418,38 @@ fn after_the_norm_a_step_is_near_its_own_bound() {
 #[test]
 fn resident_states_move_nothing_but_gradients_and_new_parameters() {
     let model = decoder(4, MIB, MIB, false, 4096);
-    let placement = place(
-        &model,
-        ALL,
-        &options(Policy::Resident, 2, Timing::AfterNorm),
-    )
-    .unwrap();
+    let options = options(Policy::Resident, 2, Timing::AfterNorm);
     let bytes: u64 = model.sections.iter().map(|s| s.param_bytes).sum();
-    let traffic = Traffic::of(&Plan::training(&model, &placement).unwrap());
-    assert_eq!(
-        (
-            traffic.h2d,
-            traffic.d2h,
-            traffic.disk_read,
-            traffic.disk_write
-        ),
-        (bytes, bytes, 0, 0)
+    let moved = |budgets: Budgets| {
+        let placement = place(&model, budgets, &options).unwrap();
+        assert!(placement.device_bytes() <= budgets.device_bytes);
+        let traffic = Traffic::of(&Plan::training(&model, &placement).unwrap());
+        assert_eq!((traffic.disk_read, traffic.disk_write), (0, 0));
+        assert_eq!(traffic.updated, bytes / 4);
+        (traffic.h2d, traffic.d2h)
+    };
+    let least = least(&model, &options);
+    assert_eq!(moved(least_device(least)), (bytes, bytes));
+    // With room for the optimizer too, nothing leaves the device.
+    assert_eq!(moved(ALL), (0, 0));
+    // And with room for a part of it, the rest does.
+    let states = 3 * bytes;
+    let half = Budgets {
+        device_bytes: least.device_bytes + states / 2,
+        ..ALL
+    };
+    let (h2d, d2h) = moved(half);
+    assert!(
+        h2d == d2h && (bytes / 4..bytes * 3 / 4).contains(&h2d),
+        "{h2d}"
     );
-    assert_eq!(traffic.updated, bytes / 4);
+}
+
+fn least_device(least: Budgets) -> Budgets {
+    Budgets {
+        device_bytes: least.device_bytes,
+        ..ALL
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 use forebay_kernels::cpu::AdamW;
 use forebay_nvme::{Key, StateKind, Store};
 use forebay_pinned::Arena;
-use forebay_prefetch::{Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
+use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
 
 use super::dry::Pass;
 use super::options::Publish;
@@ -317,9 +317,15 @@ impl Engine {
                 self.copy_task(task, spec);
                 Ok(())
             }
+            TaskKind::GradNorm(section) if spec.lane == Lane::Update => {
+                self.device_norm(task, spec, section)
+            }
             TaskKind::GradNorm(section) => {
                 self.grad_norm(task, spec, section);
                 Ok(())
+            }
+            TaskKind::Update(section, part) if spec.lane == Lane::Update => {
+                self.device_update(task, spec, section, part)
             }
             TaskKind::Update(section, part) => {
                 self.update(task, spec, section, part);

@@ -3,6 +3,7 @@
 mod driver;
 mod dry;
 mod engine;
+mod on_device;
 mod options;
 mod places;
 mod report;
@@ -142,7 +143,7 @@ impl Trainer {
                 let (layout, options) = disk(&model, &order_model, &placement, &options);
                 Store::space(&layout, &options)
             }),
-            bytes: placement.pinned_optim_bytes(),
+            bytes: placement.volatile_optim_bytes(),
         };
         let engine = Engine::new(Parts {
             train: Plan::training(&order_model, &placement)?,
@@ -342,8 +343,8 @@ fn place(
             .unwrap_or_else(|| chunk(elements().sum()))
             .min(largest),
         partitions: options.partitions,
-        scratch_bytes: footprint.scratch_bytes,
-        pinned_fixed_bytes: places::fixed_bytes(footprint),
+        scratch_bytes: places::device_fixed_bytes(footprint),
+        pinned_fixed_bytes: places::fixed_bytes(footprint, model.sections.len()),
     };
     Ok(order::place(model, budgets, &place_options)?)
 }

@@ -1,6 +1,7 @@
 //! Every place of the two fast tiers, taken once when the trainer opens: slots in device memory,
 //! slabs of the arena.
 
+use forebay_kernels::cuda::ops::SQUARE_SUMS;
 use forebay_pinned::{Arena, Slab};
 use forebay_prefetch::{
     GradHome, Model as Order, Placement, PoolId, PoolKind, SectionId, StageId, Tier,
@@ -16,10 +17,20 @@ pub(super) const READ_BYTES: u64 = 64 << 10;
 const SMALL_BYTES: u64 = 4096;
 
 /// Pinned memory that a trainer takes besides slabs of states: token ids of two steps, the piece
-/// for reading back, the loss.
-pub(super) fn fixed_bytes(footprint: Footprint) -> u64 {
+/// for reading back, the loss, the sums of sections that are updated on the device.
+pub(super) fn fixed_bytes(footprint: Footprint, sections: usize) -> u64 {
     // A lease takes a page even for nothing.
-    2 * footprint.input_bytes.max(1).next_multiple_of(SMALL_BYTES) + READ_BYTES + SMALL_BYTES
+    let page = |bytes: u64| bytes.max(1).next_multiple_of(SMALL_BYTES);
+    2 * page(footprint.input_bytes) + READ_BYTES + SMALL_BYTES + page(sums_bytes(sections))
+}
+
+/// Device memory that is not slots: scratch, and the sums of one section.
+pub(super) fn device_fixed_bytes(footprint: Footprint) -> u64 {
+    footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN) + SQUARE_SUMS as u64
+}
+
+fn sums_bytes(sections: usize) -> u64 {
+    (sections * SQUARE_SUMS) as u64
 }
 
 /// A slab's place while it is with the disk.
@@ -40,11 +51,17 @@ pub(super) struct Places {
     pub(super) param: Vec<Option<Slab>>,
     grad: Vec<Option<Slab>>,
     optim: Vec<Vec<Option<Slab>>>,
+    /// By section and part: the states of those that are updated on the device.
+    states: Vec<Vec<u64>>,
     acts: Vec<Option<Slab>>,
     pub(super) inputs: [Slab; 2],
     pub(super) read: Slab,
     pub(super) small: Slab,
     pub(super) scratch: Span,
+    /// On the device: the pieces of a section's sum of squares.
+    pub(super) sums: Span,
+    /// The same of each section, as they came from there.
+    sums_here: Slab,
 }
 
 impl Places {
@@ -80,6 +97,7 @@ impl Places {
         }
         let lease = |wanted: bool, bytes: u64| wanted.then(|| arena.lease(bytes)).transpose();
         let (mut param, mut grad, mut optim) = (Vec::new(), Vec::new(), Vec::new());
+        let mut states = Vec::new();
         for (id, section) in (0..).map(SectionId).zip(&order.sections) {
             let bytes = section.param_bytes;
             param.push(lease(placement.param_home(id) == Tier::Pinned, bytes)?);
@@ -87,6 +105,11 @@ impl Places {
             let parts = placement.parts(id).iter();
             let parts = parts.map(|p| lease(p.home == Tier::Pinned, 12 * p.elements));
             optim.push(parts.collect::<Result<Vec<_>, _>>()?);
+            let here = placement
+                .parts(id)
+                .iter()
+                .filter(|p| p.home == Tier::Device);
+            states.push(here.map(|p| slot(12 * p.elements)).collect());
         }
         let acts = (0..order.stages.len() as u32).map(|stage| {
             let pinned = placement.act_home(StageId(stage)) == Some(Tier::Pinned);
@@ -102,6 +125,12 @@ impl Places {
                 address: slot(footprint.scratch_bytes),
                 bytes: footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN),
             },
+            sums: Span {
+                address: slot(SQUARE_SUMS as u64),
+                bytes: SQUARE_SUMS as u64,
+            },
+            sums_here: arena.lease(sums_bytes(order.sections.len()))?,
+            states,
             slots,
             slabs,
             param,
@@ -112,6 +141,24 @@ impl Places {
 
     pub(super) fn slot(&self, pool: PoolId, buffer: u32) -> u64 {
         self.slots[pool.0 as usize][buffer as usize]
+    }
+
+    /// Where the states of a part that is updated on the device are: `[master | m | v]`.
+    pub(super) fn states(&self, section: SectionId, part: u32) -> u64 {
+        self.states[section.0 as usize][part as usize]
+    }
+
+    /// Where the pieces of a section's sum of squares go to.
+    pub(super) fn sums_target(&self, section: SectionId) -> *mut u8 {
+        let offset = section.0 as usize * SQUARE_SUMS;
+        self.sums_here[offset..][..SQUARE_SUMS].as_ptr().cast_mut()
+    }
+
+    /// The pieces that came, added in order.
+    pub(super) fn sum(&self, section: SectionId) -> f64 {
+        let offset = section.0 as usize * SQUARE_SUMS;
+        let pieces: &[f64] = bytemuck::cast_slice(&self.sums_here[offset..][..SQUARE_SUMS]);
+        pieces.iter().sum()
     }
 
     pub(super) fn act(&self, stage: StageId) -> &Slab {

@@ -176,6 +176,8 @@ impl Report {
             disk_read: ceilings.disk_read,
             disk_write: ceilings.disk_write,
             cpu: ceilings.adam,
+            // Seen by the device as compute, of the stage after.
+            device_update: f64::INFINITY,
         };
         bound(&self.plan, &rates)
     }

@@ -11,7 +11,7 @@ use super::engine::{Engine, key};
 use super::places::SlabPlace;
 use super::update;
 use super::weights::Weights;
-use crate::device::{Span, Stream};
+use crate::device::{Event, Span, Stream};
 use crate::error::Result;
 use crate::model::Section;
 
@@ -58,6 +58,9 @@ impl Engine {
     }
 
     fn load(&mut self, section: SectionId, source: &Source<'_>) -> Result<()> {
+        if self.placement.grad_home(section) == GradHome::Device {
+            return self.load_on_device(section, source);
+        }
         let param_home = self.placement.param_home(section);
         let stored = matches!(source, Source::Stored)
             && param_home == Tier::Disk
@@ -81,10 +84,7 @@ impl Engine {
             let mut slab = self.places.take_slab(place);
             match source {
                 Source::New(master) => {
-                    let states: &mut [f32] = bytemuck::cast_slice_mut(&mut slab[..12 * elements]);
-                    let (new, moments) = states.split_at_mut(elements);
-                    new.copy_from_slice(&master[first..first + elements]);
-                    moments.fill(0.0);
+                    fresh(&mut slab[..12 * elements], &master[first..first + elements]);
                     if !home {
                         slab = self.transfer(name, slab, true)?;
                     }
@@ -124,6 +124,37 @@ impl Engine {
         }
     }
 
+    /// As [`Engine::load`], for a section that is updated on the device.
+    fn load_on_device(&mut self, section: SectionId, source: &Source<'_>) -> Result<()> {
+        let place = SlabPlace::Pool(self.placement.optim_stage_pool(), 0);
+        for (index, part) in (0..).zip(self.placement.parts(section).to_vec()) {
+            let name = key(section, StateKind::Optim, index);
+            let (first, elements) = (part.first as usize, part.elements as usize);
+            let mut slab = self.places.take_slab(place);
+            match source {
+                Source::New(master) => {
+                    fresh(&mut slab[..12 * elements], &master[first..first + elements]);
+                }
+                Source::Stored if self.store.contains(name) => {
+                    slab = self.transfer(name, slab, false)?;
+                }
+                Source::Stored => self.store.gather(name, &mut slab[..12 * elements])?,
+            }
+            self.places.return_slab(place, slab);
+            let to = Span {
+                address: self.places.states(section, index),
+                bytes: 12 * part.elements,
+            };
+            let source = self.places.get(place).address();
+            // SAFETY: waited for at once, while nothing else is under way on either place.
+            let event = unsafe { self.device.copy_in(Stream::H2d, to, source) };
+            self.wait_now(event)?;
+            self.derive_here(section, index)?;
+        }
+        let event = self.device.newest(Stream::Compute);
+        self.wait_now(event)
+    }
+
     fn push_now(&mut self, section: SectionId, from: SlabPlace) -> Result<()> {
         let address = self.resident(section);
         let bytes = self.section_bytes(section);
@@ -133,27 +164,35 @@ impl Engine {
             self.device
                 .copy_in(Stream::H2d, Span { address, bytes }, source)
         };
+        self.wait_now(event)
+    }
+
+    fn wait_now(&mut self, event: Event) -> Result<()> {
         while !self.device.query(event)? {
             std::thread::sleep(Duration::from_micros(20));
         }
         Ok(())
     }
 
-    /// Writes what lives in pinned memory and publishes everything with the trainer's own part.
+    /// Writes what does not live on disk and publishes everything with the trainer's own part.
     pub(super) fn publish(&mut self, meta: &str) -> Result<u64> {
         self.settle()?;
-        let mut places = Vec::new();
+        let mut parts = Vec::new();
         for section in (0..self.places.param.len() as u32).map(SectionId) {
-            let parts = (0..).zip(self.placement.parts(section));
-            let pinned = parts.filter(|(_, part)| part.home == Tier::Pinned);
-            places.extend(pinned.map(|(index, _)| (section, index)));
+            let all = (0..).zip(self.placement.parts(section));
+            let volatile = all.filter(|(_, part)| part.home != Tier::Disk);
+            parts.extend(volatile.map(|(index, part)| (section, index, *part)));
         }
         let mut under_way = Vec::new();
-        for (section, index) in places {
+        for (section, index, part) in parts {
             while !self.store.can_start() {
                 self.collect_one(&mut under_way)?;
             }
-            let place = SlabPlace::Optim(section, index);
+            let place = if part.home == Tier::Device {
+                self.bring_back(section, index, part.elements, &mut under_way)?
+            } else {
+                SlabPlace::Optim(section, index)
+            };
             let name = key(section, StateKind::Optim, index);
             let slab = self.places.take_slab(place);
             self.store.write_with(name, slab, Priority::Checkpoint)?;
@@ -165,6 +204,34 @@ impl Engine {
         let generation = self.store.publish(meta)?;
         self.telemetry.pause(self.device.busy(Stream::Compute));
         Ok(generation)
+    }
+
+    /// Copies the states of a part from the device to a shared slab that is free, or gets free.
+    fn bring_back(
+        &mut self,
+        section: SectionId,
+        part: u32,
+        elements: u64,
+        under_way: &mut Vec<(Key, SlabPlace)>,
+    ) -> Result<SlabPlace> {
+        let pool = self.placement.optim_stage_pool();
+        let buffers = self.placement.pools()[pool.0 as usize].buffers as u32;
+        let place = loop {
+            let mut all = (0..buffers).map(|buffer| SlabPlace::Pool(pool, buffer));
+            match all.find(|place| under_way.iter().all(|(_, used)| used != place)) {
+                Some(place) => break place,
+                None => self.collect_one(under_way)?,
+            }
+        };
+        let from = Span {
+            address: self.places.states(section, part),
+            bytes: 12 * elements,
+        };
+        let target = self.places.get(place).address();
+        // SAFETY: waited for at once; the slab is with nobody, and all updates are done.
+        let event = unsafe { self.device.copy_out(Stream::D2h, from, target) };
+        self.wait_now(event)?;
+        Ok(place)
     }
 
     fn collect_one(&mut self, under_way: &mut Vec<(Key, SlabPlace)>) -> Result<()> {
@@ -196,4 +263,12 @@ impl Engine {
             self.nap();
         }
     }
+}
+
+/// The states of a new part: these masters, and no moments yet.
+fn fresh(slab: &mut [u8], masters: &[f32]) {
+    let states: &mut [f32] = bytemuck::cast_slice_mut(slab);
+    let (new, moments) = states.split_at_mut(masters.len());
+    new.copy_from_slice(masters);
+    moments.fill(0.0);
 }

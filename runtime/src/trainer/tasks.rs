@@ -2,9 +2,9 @@
 //! that the plan gave it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use forebay_kernels::cpu::{AdamScalars, AdamW};
+use forebay_kernels::cpu::AdamW;
 use forebay_nvme::{Key, StateKind};
 use forebay_prefetch::{
     ClaimRef, GradHome, Lane, Plan, SectionId, Task, TaskId, TaskKind, TaskRef, Tier, Timing,
@@ -151,11 +151,15 @@ impl Engine {
     /// All sums are known: the clip factor, and whether the step is skipped.
     pub(super) fn norm(&mut self, task: TaskRef) {
         // In the order of the sections, so that the bits do not depend on that of completions.
-        let sum: f64 = self
-            .sums
-            .iter()
-            .map(|s| f64::from_bits(s.load(Ordering::Acquire)))
-            .sum();
+        let of = |(section, sum): (SectionId, &AtomicU64)| {
+            if self.placement.grad_home(section) == GradHome::Device {
+                self.places.sum(section)
+            } else {
+                f64::from_bits(sum.load(Ordering::Acquire))
+            }
+        };
+        let sections = (0..).map(SectionId);
+        let sum: f64 = sections.zip(self.sums.iter()).map(of).sum();
         let norm = sum.sqrt();
         self.last_norm = norm;
         let finite = norm.is_finite();
@@ -168,11 +172,7 @@ impl Engine {
             self.scalars(task.step, self.applied, scale)
         } else {
             self.skipped += 1;
-            let unchanged = AdamScalars::unchanged();
-            StepScalars {
-                decayed: unchanged,
-                plain: unchanged,
-            }
+            StepScalars::unchanged()
         };
         self.open[(task.step % 2) as usize].scalars = Some(scalars);
         let early = (0..self.model.sections.len() as u32).map(SectionId);
@@ -188,7 +188,7 @@ impl Engine {
         }
     }
 
-    fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
+    pub(super) fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
         let lr = self.open[(step % 2) as usize].lr;
         let plain = AdamW {
             weight_decay: 0.0,
@@ -198,6 +198,13 @@ impl Engine {
             decayed: self.adam.at(applied, lr, scale),
             plain: plain.at(applied, lr, scale),
         }
+    }
+
+    /// What the updates of a step use. Before the norm (`Timing::Immediate`) the step counts as one
+    /// that will be applied.
+    pub(super) fn step_scalars(&self, step: u64) -> StepScalars {
+        let known = self.open[(step % 2) as usize].scalars;
+        known.unwrap_or_else(|| self.scalars(step, self.applied + 1, 1.0))
     }
 
     pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
@@ -215,9 +222,7 @@ impl Engine {
             first: span.first as usize,
             elements: span.elements as usize,
         };
-        // Before the norm (`Timing::Immediate`) the step counts as one that will be applied.
-        let known = self.open[(task.step % 2) as usize].scalars;
-        let scalars = known.unwrap_or_else(|| self.scalars(task.step, self.applied + 1, 1.0));
+        let scalars = self.step_scalars(task.step);
         let (optimizer, runs) = (Arc::clone(&self.optimizer), Arc::clone(&self.runs[index]));
         let seq = self.lane.push("update", move || {
             let place = place;

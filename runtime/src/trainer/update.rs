@@ -82,6 +82,35 @@ pub(super) struct StepScalars {
     pub(super) plain: AdamScalars,
 }
 
+impl StepScalars {
+    /// Those of a step that changes nothing: parameters are cast from their masters.
+    pub(super) fn unchanged() -> Self {
+        let unchanged = AdamScalars::unchanged();
+        Self {
+            decayed: unchanged,
+            plain: unchanged,
+        }
+    }
+
+    /// Those of a run.
+    pub(super) fn of(&self, run: &Run) -> &AdamScalars {
+        if run.decay {
+            &self.decayed
+        } else {
+            &self.plain
+        }
+    }
+}
+
+impl Run {
+    /// The elements that it shares with a part, if any.
+    pub(super) fn within(&self, part: &Range<usize>) -> Option<Range<usize>> {
+        let start = self.elements.start.max(part.start);
+        let end = self.elements.end.min(part.end);
+        (start < end).then_some(start..end)
+    }
+}
+
 /// Updates one part.
 ///
 /// # Safety
@@ -94,12 +123,11 @@ pub(super) unsafe fn update(
 ) {
     let part = place.first..place.first + place.elements;
     for run in runs {
-        let start = run.elements.start.max(part.start);
-        let end = run.elements.end.min(part.end);
-        if start >= end {
+        let Some(shared) = run.within(&part) else {
             continue;
-        }
-        let (inside, len) = (start - part.start, end - start);
+        };
+        let (start, len) = (shared.start, shared.len());
+        let inside = start - part.start;
         // SAFETY: the ranges lie inside the part and the section, by the caller's contract; the
         // three state arrays do not overlap each other, and gradient and parameter are different
         // slabs.
@@ -128,12 +156,8 @@ pub(super) unsafe fn update(
                 exchange,
             )
         };
-        let scalars = if run.decay {
-            &scalars.decayed
-        } else {
-            &scalars.plain
-        };
-        adamw_parallel(&optimizer.workers, optimizer.isa, scalars, states, exchange);
+        let (workers, isa) = (&optimizer.workers, optimizer.isa);
+        adamw_parallel(workers, isa, scalars.of(run), states, exchange);
     }
 }
 
