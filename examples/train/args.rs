@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use forebay::{Bytes, DeviceChoice, Policy};
+use forebay::{Bytes, DType, DeviceChoice, Policy, Target};
 use serde::{Deserialize, Serialize};
 
 /// Train a decoder on text, its states spread over device memory, page-locked host memory and disk.
@@ -17,22 +17,31 @@ pub(crate) struct Args {
     /// Sequences in a step [default: 8]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub(crate) batch: Option<u32>,
-    /// Tokens in a sequence [default: 128]
+    /// Tokens in a sequence [default: 128, with --preset 1024]
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     pub(crate) seq: Option<u32>,
     /// A Hugging Face config.json (Llama or Qwen3); by default a small byte-level Llama
     #[arg(long)]
     pub(crate) config: Option<PathBuf>,
+    /// A Llama of this size instead: 125m, 350m, 1.3b, 3b, 7b, 10b or 13b
+    #[arg(long, conflicts_with = "config")]
+    pub(crate) preset: Option<String>,
+    /// Type of parameters and activations, bf16 or fp32 [default: bf16 on a GPU, fp32 on the host
+    /// device]; masters, moments and sums are fp32
+    #[arg(long)]
+    pub(crate) dtype: Option<DType>,
     /// Files and folders of text; by default this project's own sources and documents
     #[arg(long, num_args = 1..)]
     pub(crate) data: Vec<PathBuf>,
     /// auto, host or cuda
     #[arg(long, default_value = "auto")]
     pub(crate) device: DeviceChoice,
-    /// Bytes of device memory, as 512MiB or 8GB; by default what lets a third of the layers stay
+    /// Bytes of device memory, as 512MiB or 8GB; by default what is free, and for the small model
+    /// what lets a third of its layers stay
     #[arg(long, alias = "device-budget")]
     pub(crate) gpu_budget: Option<Bytes>,
-    /// Bytes of page-locked host memory; by default what lets half of the optimizer states stay
+    /// Bytes of page-locked host memory; by default up to half of what is free, and for the small
+    /// model what lets half of its optimizer states stay
     #[arg(long)]
     pub(crate) pinned_budget: Option<Bytes>,
     /// A folder for the disk tier; give it again for each further disk
@@ -139,6 +148,13 @@ pub(crate) struct Recipe {
     pub(crate) lr_floor: f64,
     pub(crate) weight_decay: f64,
     pub(crate) clip: f64,
+    /// What the model computes in.
+    #[serde(default = "fp32")]
+    pub(crate) dtype: String,
+}
+
+fn fp32() -> String {
+    DType::F32.to_string()
 }
 
 impl Default for Recipe {
@@ -153,11 +169,24 @@ impl Default for Recipe {
             lr_floor: 0.1,
             weight_decay: 0.1,
             clip: 1.0,
+            dtype: fp32(),
         }
     }
 }
 
 impl Recipe {
+    /// The recipe of a new run, before the command line.
+    pub(crate) fn new(args: &Args, target: Target) -> Self {
+        let mut recipe = Self::default();
+        if args.preset.is_some() {
+            recipe.seq = 1024;
+        }
+        if target == Target::Cuda {
+            recipe.dtype = DType::Bf16.to_string();
+        }
+        recipe
+    }
+
     /// This recipe with what the command line gives.
     pub(crate) fn with(self, args: &Args) -> Result<Self> {
         let recipe = Self {
@@ -170,6 +199,7 @@ impl Recipe {
             lr_floor: args.lr_floor.unwrap_or(self.lr_floor),
             weight_decay: args.weight_decay.unwrap_or(self.weight_decay),
             clip: args.clip.unwrap_or(self.clip),
+            dtype: args.dtype.map_or(self.dtype, |dtype| dtype.to_string()),
         };
         for (flag, value) in [
             ("--lr", recipe.lr),
@@ -182,6 +212,10 @@ impl Recipe {
             }
         }
         Ok(recipe)
+    }
+
+    pub(crate) fn dtype(&self) -> Result<DType> {
+        self.dtype.parse().map_err(anyhow::Error::msg)
     }
 
     /// The learning rate of a step: linear warm-up, then a cosine down to the floor.

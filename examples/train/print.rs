@@ -63,9 +63,10 @@ impl Printer {
         let report = trainer.report();
         let config = decoder.config();
         println!(
-            "{:?} decoder: {:.2} M parameters, {} layers of {} ({} from step {})",
+            "{:?} decoder: {:.2} M parameters in {}, {} layers of {} ({} from step {})",
             config.family,
             trainer.model().parameters() as f64 / 1e6,
+            trainer.model().dtype(),
             config.layers,
             config.hidden,
             if trainer.steps() == 0 {
@@ -84,7 +85,7 @@ impl Printer {
         let [device, pinned, _] = &report.tiers;
         println!(
             "device: {}, budget {}; pinned memory: budget {}, {}",
-            report.device,
+            device_words(&report.device, args),
             Bytes(device.budget_bytes),
             Bytes(pinned.budget_bytes),
             report.lock
@@ -212,6 +213,14 @@ impl Printer {
         } else {
             println!("{text}")
         }
+    }
+}
+
+/// The device, and why it is not a GPU where that was not ruled out.
+fn device_words(device: &str, args: &Args) -> String {
+    match args.device.fallback() {
+        Some(why) => format!("{device}, for {why}"),
+        None => device.to_owned(),
     }
 }
 

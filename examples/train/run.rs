@@ -34,10 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     // A limit on file sizes is to be an error, not the end of the process.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())?;
-    let config = match &args.config {
-        Some(path) => Config::read(path)?,
-        None => Config::byte_level(),
-    };
+    let config = config(args)?;
     if config.vocabulary < 256 {
         bail!(
             "--config: vocab_size is {}; text is read as bytes and needs 256",
@@ -57,9 +54,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     } else {
         None
     };
-    let recipe = stored.unwrap_or_default().with(args)?;
+    let target = args.device.target(threads(args))?;
+    let recipe = stored
+        .unwrap_or_else(|| Recipe::new(args, target))
+        .with(args)?;
     let data = Data::read(&data_paths(args), recipe.seq as usize)?;
-    let decoder = Decoder::new(config, recipe.batch as usize, recipe.seq as usize)?;
+    let (batch, seq) = (recipe.batch as usize, recipe.seq as usize);
+    let decoder = Decoder::compute_in(recipe.dtype()?, config, batch, seq)?;
     let mut options = options(args, &recipe, &disk)?;
     let footprint = decoder.footprint(options.target()?)?;
     choose_budgets(&decoder, footprint, args, &mut options)?;
@@ -94,6 +95,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     finish(
         trainer, &decoder, &data, &recipe, args, &ceilings, &losses, moved, disk, &printer,
     )
+}
+
+fn config(args: &Args) -> Result<Config> {
+    match (&args.config, &args.preset) {
+        (Some(path), _) => Ok(Config::read(path)?),
+        (None, Some(name)) => Config::preset(name).with_context(|| {
+            let names: Vec<_> = Config::presets().collect();
+            format!("--preset {name}: use one of {}", names.join(", "))
+        }),
+        (None, None) => Ok(Config::byte_level()),
+    }
+}
+
+/// Threads of the host device and of the optimizer.
+fn threads(args: &Args) -> usize {
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    args.threads.map_or_else(all, |threads| threads as usize)
 }
 
 /// The steps. Ends at the last one, at `--stop-after`, or when told to stop; always with a
@@ -295,7 +313,7 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     options.pinned_budget = args.pinned_budget.map(|b| b.0);
     options.placement = args.placement;
     options.lookahead = args.lookahead;
-    options.threads = args.threads.map_or(options.threads, |t| t as usize);
+    options.threads = threads(args);
     options.optimizer = AdamW {
         lr: recipe.lr,
         weight_decay: recipe.weight_decay,
@@ -311,9 +329,9 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     Ok(options)
 }
 
-/// Budgets that were not given: what the placement needs if it is named; and by default less than
-/// the model needs, so that all three tiers have work: a third of the layers on the device, half
-/// of the optimizer states in pinned memory, the rest on disk.
+/// Budgets that were not given: what the placement needs if it is named, or what the machine has, if
+/// that is less. For the small model less than it needs, so that all three tiers have work: a third
+/// of the layers on the device, half of the optimizer states in pinned memory, the rest on disk.
 fn choose_budgets(
     decoder: &Decoder,
     footprint: Footprint,
@@ -327,19 +345,30 @@ fn choose_budgets(
         };
         Ok(requirements(decoder.model(), footprint, &options)?)
     };
+    let small = args.config.is_none() && args.preset.is_none();
+    let machine = forebay::machine::default_budgets(options.target()?);
     if options.device_budget.is_none() {
         options.device_budget = Some(match args.placement {
-            Policy::Resident => needs(Policy::Resident, options)?.device_bytes,
-            _ => third_of_layers(decoder, &needs(Policy::Resident, options)?),
+            Policy::Resident => needs(Policy::Resident, options)?
+                .device_bytes
+                .min(machine.device_bytes),
+            // All parameters and checkpoints, and no optimizer states.
+            _ if small => third_of_layers(decoder, &needs(Policy::Pinned, options)?),
+            policy => needs(policy, options)?
+                .device_bytes
+                .min(machine.device_bytes),
         });
     }
     if options.pinned_budget.is_none() {
         options.pinned_budget = Some(match args.placement {
             Policy::Resident | Policy::Pinned => needs(args.placement, options)?.pinned_bytes,
-            Policy::Auto | Policy::Disk => {
+            Policy::Auto | Policy::Disk if small => {
                 let all = needs(Policy::Pinned, options)?.pinned_bytes;
                 all - 12 * decoder.model().parameters() / 2
             }
+            policy => needs(policy, options)?
+                .pinned_bytes
+                .min(machine.pinned_bytes),
         });
     }
     Ok(())
@@ -354,7 +383,7 @@ fn third_of_layers(decoder: &Decoder, resident: &Budgets) -> u64 {
         .iter()
         .find(|s| s.name() == "layers.0")
         .map_or(0, |s| s.parameters());
-    resident.device_bytes - leave * 4 * layer
+    resident.device_bytes - leave * decoder.model().dtype().bytes() as u64 * layer
 }
 
 fn data_paths(args: &Args) -> Vec<PathBuf> {

@@ -10,6 +10,7 @@
 mod config;
 mod decoder;
 mod layer;
+mod presets;
 
 pub use config::{Config, ConfigError, Family};
 pub use decoder::{Batch, Decoder, Observer, Positions};

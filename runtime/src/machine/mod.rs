@@ -11,7 +11,7 @@ use forebay_kernels::cpu::Isa;
 use forebay_nvme::probe::{self, DiskRate};
 use forebay_nvme::profile::Profile;
 
-use crate::{Budgets, Bytes};
+use crate::{Budgets, Bytes, DeviceChoice, Target};
 
 /// How a fact stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,15 +71,32 @@ pub fn free_memory() -> u64 {
     memory::free(Path::new("/"))
 }
 
-/// Budgets for a machine that nothing is known of but its free memory: a quarter of it for the host
-/// device, a quarter for pinned memory. The other half stays for the page cache, for whatever else
-/// runs, and for the trainer's own data; too much locked memory makes a machine unusable.
-pub fn default_budgets() -> Budgets {
+/// Budgets for a machine that nothing is known of but its free memory. On the host device: a quarter
+/// of it for the device, a quarter for pinned memory. With a GPU: what is free there, less what its
+/// driver and libraries take besides; and half of the machine's memory to pin. The rest stays for the
+/// page cache, for whatever else runs, and for the trainer's own data; too much locked memory makes a
+/// machine unusable.
+pub fn default_budgets(target: Target) -> Budgets {
     let quarter = (free_memory() / 4).max(1 << 20) & !0xfff;
-    Budgets {
-        device_bytes: quarter,
-        pinned_bytes: quarter,
+    match (target, forebay_kernels::cuda::probe()) {
+        (Target::Cuda, Ok(found)) => Budgets {
+            device_bytes: found.free_bytes.saturating_sub(GPU_RESERVE_BYTES) & !0xfff,
+            pinned_bytes: 2 * quarter,
+        },
+        _ => Budgets {
+            device_bytes: quarter,
+            pinned_bytes: quarter,
+        },
     }
+}
+
+/// GPU memory that is not asked for: a context with kernels and cuBLASLt takes about half of it.
+const GPU_RESERVE_BYTES: u64 = 1 << 30;
+
+fn own_target() -> Target {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let host = Target::Host { threads };
+    DeviceChoice::Auto.target(threads).unwrap_or(host)
 }
 
 /// Looks at everything, the given disk folders included: writes and reads 64 MiB in each.
@@ -93,7 +110,7 @@ pub fn examine(disks: &[PathBuf]) -> Vec<Fact> {
         uring(),
     ];
     facts.extend(disks.iter().flat_map(|folder| disk(folder)));
-    let budgets = default_budgets();
+    let budgets = default_budgets(own_target());
     let value = format!(
         "device {}, pinned {}",
         Bytes(budgets.device_bytes),
@@ -160,7 +177,7 @@ fn memory_fact() -> Fact {
 
 fn memlock() -> Fact {
     let (limit, privileged) = memory::memlock();
-    let wanted = default_budgets().pinned_bytes;
+    let wanted = default_budgets(own_target()).pinned_bytes;
     let mend = "ulimit -l unlimited; LimitMEMLOCK=infinity in a unit; --ulimit memlock=-1 for a \
                 container";
     match limit {

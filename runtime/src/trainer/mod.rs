@@ -315,7 +315,7 @@ pub fn stored_user_text(path: &std::path::Path) -> Result<String> {
 }
 
 fn budgets(options: &Options) -> Result<order::Budgets> {
-    let default = machine::default_budgets();
+    let default = machine::default_budgets(options.target()?);
     Ok(order::Budgets {
         device_bytes: options.device_budget.unwrap_or(default.device_bytes),
         pinned_bytes: options.pinned_budget.unwrap_or(default.pinned_bytes),

@@ -30,15 +30,37 @@ impl Weights for RandomInit {
         match tensor.init {
             Init::Constant(value) => out.fill(value),
             Init::Normal(deviation) => {
-                let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-                rng.set_stream(stream_of(section.name(), &tensor.name));
-                for value in out {
-                    let normal: f32 = StandardNormal.sample(&mut rng);
-                    *value = deviation * normal;
-                }
+                let stream = stream_of(section.name(), &tensor.name);
+                let threads = std::thread::available_parallelism().map_or(1, usize::from);
+                let each = out.len().div_ceil(PIECE).div_ceil(threads).max(1);
+                let this = *self;
+                std::thread::scope(|scope| {
+                    for (share, out) in (0..).zip(out.chunks_mut(each * PIECE)) {
+                        let first = stream.wrapping_add(share * each as u64);
+                        scope.spawn(move || {
+                            for (index, piece) in (0..).zip(out.chunks_mut(PIECE)) {
+                                this.normal(first.wrapping_add(index), deviation, piece);
+                            }
+                        });
+                    }
+                });
             }
         }
         Ok(())
+    }
+}
+
+/// Elements that have a stream of random numbers of their own.
+const PIECE: usize = 1 << 18;
+
+impl RandomInit {
+    fn normal(&self, stream: u64, deviation: f32, out: &mut [f32]) {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(stream);
+        for value in out {
+            let normal: f32 = StandardNormal.sample(&mut rng);
+            *value = deviation * normal;
+        }
     }
 }
 
