@@ -64,10 +64,7 @@ fn ours_in(
     let mut options = Options::new([folder.path().to_owned()]);
     options.placement = Policy::Disk;
     options.threads = 2;
-    (options.device_budget, options.pinned_budget) = (Some(8 << 20), Some(8 << 20));
-    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
-    let model = decoder.model().clone();
-    let mut trainer = Trainer::create(model, footprint, &options, &mut Given(weights)).unwrap();
+    let mut trainer = create(&decoder, weights, options);
 
     let step = trainer.eval().unwrap();
     let logits = decoder.logits(&step, ids, seq, Positions::All).unwrap();
@@ -97,24 +94,129 @@ fn ours_in(
     }
 }
 
-/// The largest distance of any tensor, and its name.
-fn farthest(ours: &Ours, logits: &[f64], loss: f64, grads: &Tensors) -> (f64, String) {
+/// A trainer with these weights under the least budgets.
+fn create(decoder: &Decoder, weights: &Tensors, mut options: Options) -> Trainer {
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+    let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
+    options.device_budget = Some(needs.device_bytes);
+    options.pinned_budget = Some(needs.pinned_bytes);
+    let model = decoder.model().clone();
+    Trainer::create(model, footprint, &options, &mut Given(weights)).unwrap()
+}
+
+/// The distance of every tensor, by name.
+fn distances(ours: &Ours, logits: &[f64], loss: f64, grads: &Tensors) -> BTreeMap<String, f64> {
     let names: Vec<_> = grads.keys().collect();
     assert_eq!(
         ours.grads.keys().collect::<Vec<_>>(),
         names,
         "every tensor has a gradient"
     );
-    let mut all = vec![
-        (distance(&ours.logits, logits), "logits".to_owned()),
-        (distance(&[ours.loss], &[loss]), "loss".to_owned()),
-    ];
-    all.extend(
-        grads
-            .iter()
-            .map(|(name, g)| (distance(&ours.grads[name], g), name.clone())),
+    let grads = grads.iter();
+    let mut all: BTreeMap<_, _> = grads
+        .map(|(name, g)| (name.clone(), distance(&ours.grads[name], g)))
+        .collect();
+    all.insert("logits".to_owned(), distance(&ours.logits, logits));
+    all.insert("loss".to_owned(), distance(&[ours.loss], &[loss]));
+    all
+}
+
+/// The largest distance of any tensor, and its name.
+fn farthest(ours: &Ours, logits: &[f64], loss: f64, grads: &Tensors) -> (f64, String) {
+    let all = distances(ours, logits, loss, grads).into_iter();
+    let (name, error) = all.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    (error, name)
+}
+
+#[test]
+fn fresh_models_agree_with_torch_in_both_types() {
+    for f in fixtures::fresh() {
+        let exact = ours(&f.config, &f.weights, &f.ids, &f.targets, f.seq);
+        let (error, name) = farthest(&exact, &f.logits, f.loss, &f.grads);
+        println!("{}: fp32, farthest is {name}, {error:.2e}", f.name);
+        assert!(error <= 1e-4, "{}: {name} differs by {error:.2e}", f.name);
+        let low = ours_in(
+            DType::Bf16,
+            &f.config,
+            &f.weights,
+            &f.ids,
+            &f.targets,
+            f.seq,
+        );
+        let mut worst = (0.0f64, String::new());
+        for (name, error) in distances(&low, &f.logits, f.loss, &f.grads) {
+            // A single number may be right by chance on one side.
+            let theirs = f.more[&format!("bf16.{name}")][0];
+            let ratio = if name == "loss" {
+                error / theirs.max(2e-3)
+            } else {
+                error / theirs
+            };
+            if ratio > worst.0 {
+                worst = (
+                    ratio,
+                    format!("{name}, {error:.2e} for torch's {theirs:.2e}"),
+                );
+            }
+        }
+        println!(
+            "{}: bf16, error / torch's is at most {:.2}: {}",
+            f.name, worst.0, worst.1
+        );
+        assert!(
+            worst.0 <= 1.5,
+            "{}: {:.2} x torch's, {}",
+            f.name,
+            worst.0,
+            worst.1
+        );
+    }
+}
+
+/// Losses over the fixture's batches.
+fn trained(dtype: DType, f: &fixtures::Fixture) -> Vec<f64> {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::parse(&f.config).unwrap();
+    let decoder = Decoder::compute_in(dtype, config, f.batch, f.seq).unwrap();
+    let mut trainer = create(
+        &decoder,
+        &f.weights,
+        Options::new([folder.path().to_owned()]),
     );
-    all.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap()
+    let batches = f.train_ids.chunks(f.batch * f.seq);
+    let losses = batches.map(|ids| {
+        let step = trainer.begin(1e-3).unwrap();
+        let targets = &fixtures::shifted(ids, f.seq);
+        decoder.train_step(&step, &Batch { ids, targets }).unwrap();
+        f64::from(step.finish().unwrap().loss.unwrap())
+    });
+    losses.collect()
+}
+
+#[test]
+fn fresh_models_train_as_torch_trains_them() {
+    for f in fixtures::fresh() {
+        let (exact, theirs) = (trained(DType::F32, &f), &f.more["train_loss"]);
+        let off = |(a, b): (&f64, &f64)| (a - b).abs() / b;
+        let worst = exact.iter().zip(theirs).map(off).fold(0.0, f64::max);
+        println!(
+            "{}: {} steps, fp32, worst loss {worst:.1e}",
+            f.name,
+            exact.len()
+        );
+        assert!(worst <= 1e-4, "{}: {exact:?} for {theirs:?}", f.name);
+        let low = trained(DType::Bf16, &f);
+        let (theirs, other) = (&f.more["bf16_loss"], &f.more["bf16_other"]);
+        let mean = |a: &[f64], b: &[f64]| {
+            a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>() / a.len() as f64
+        };
+        let (off, spread) = (mean(&low, theirs), mean(other, theirs));
+        println!(
+            "{}: bf16, mean |loss - torch's| {off:.1e}, spread of torch's {spread:.1e}",
+            f.name
+        );
+        assert!(off <= spread, "{}: {low:?} for {theirs:?}", f.name);
+    }
 }
 
 #[test]
