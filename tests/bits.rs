@@ -77,6 +77,41 @@ fn in_bf16_too_every_placement_and_look_ahead_gives_the_same_bits() {
 }
 
 #[test]
+fn optimizer_states_split_between_device_and_host_give_the_same_bits() {
+    for (dtype, clip) in [(DType::F32, Some(0.5)), (DType::Bf16, None)] {
+        let mut gradients_out = Vec::new();
+        let mut losses = Vec::new();
+        for thirds in 0..=3 {
+            let folder = tempfile::tempdir().unwrap();
+            let decoder = decoder_in(dtype);
+            let mut options = options(folder.path());
+            (options.placement, options.clip) = (Policy::Resident, clip);
+            let all = with_budgets(options.clone(), &decoder)
+                .device_budget
+                .unwrap();
+            let states = 12 * decoder.model().elements();
+            options.device_budget = Some(all - states * (3 - thirds) / 3);
+            let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+            let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
+            options.pinned_budget = Some(needs.pinned_bytes);
+            let mut trainer = create(&decoder, &options);
+            losses.push(train(&mut trainer, &decoder, STEPS));
+            trainer.publish("").unwrap();
+            gradients_out.push(trainer.report().hops[1].bytes);
+            drop(trainer);
+            let mut trainer = resume(&decoder, &options);
+            losses[thirds as usize].extend(train(&mut trainer, &decoder, 2));
+        }
+        assert!(losses.iter().all(|l| *l == losses[0]), "{losses:?}");
+        assert!(
+            gradients_out.is_sorted_by(|a, b| a > b),
+            "{gradients_out:?}"
+        );
+        assert_eq!(gradients_out[3], 0, "with room for all nothing leaves");
+    }
+}
+
+#[test]
 fn a_run_cut_into_pieces_gives_the_bits_of_the_whole_run() {
     for (clip, dtype) in [
         (Some(0.5), DType::F32),
