@@ -41,9 +41,10 @@ pub struct Shapes {
 impl Shapes {
     fn check(&self) -> Result<()> {
         let d = self.hidden / self.heads.max(1);
-        let wrong = if self.heads == 0 || self.hidden % self.heads != 0 || d % 8 != 0 || d > 256 {
+        let heads = self.heads;
+        let wrong = if heads == 0 || !self.hidden.is_multiple_of(8 * heads) || d == 0 || d > 256 {
             "heads must divide hidden into multiples of 8 of at most 256"
-        } else if self.seq == 0 || self.tokens == 0 || self.tokens % self.seq != 0 {
+        } else if self.seq == 0 || self.tokens == 0 || !self.tokens.is_multiple_of(self.seq) {
             "tokens must be whole sequences"
         } else if self.ffn == 0 || self.layers == 0 || self.vocabulary < 2 {
             "ffn, layers and vocabulary must not be empty"

@@ -16,7 +16,7 @@ pub(crate) struct Pcie {
     /// auto, host or cuda. On the host device the link is copies of memory
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Bytes of a copy, as many copies queued at once as take 20 ms; what does not fit into free memory is
+    /// Bytes of a copy, as many copies queued at once as take 40 ms; what does not fit into free memory is
     /// left out
     #[arg(
         long,
@@ -41,7 +41,7 @@ pub(crate) struct Pcie {
 impl Pcie {
     pub(super) fn run(&self) -> Result<(), String> {
         for size in &self.sizes {
-            if size.0 < 4096 || size.0 % 4096 != 0 {
+            if size.0 < 4096 || !size.0.is_multiple_of(4096) {
                 return Err(format!("--sizes {size}: give multiples of 4KiB"));
             }
         }
