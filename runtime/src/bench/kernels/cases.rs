@@ -348,6 +348,7 @@ fn states(s: Shapes, all: &mut Vec<Case>) {
         }),
     });
     // The two below are the CPU's where states are offloaded.
+    let here = if s.resident { parts } else { 0 };
     let adam = AdamW {
         lr: 1e-3,
         beta1: 0.9,
@@ -367,7 +368,7 @@ fn states(s: Shapes, all: &mut Vec<Case>) {
             Fill::Room(2 * n),
         ],
         work: Work::Bytes(28.0 * n as f64),
-        launches: 0,
+        launches: here,
         run: Box::new(move |q, &[grad, master, m, v, param, ..]| {
             let grad = (grad, Element::Bf16);
             // SAFETY: as for `linear`.
@@ -376,14 +377,13 @@ fn states(s: Shapes, all: &mut Vec<Case>) {
     });
     all.push(Case {
         name: "square_sum",
-        shape: format!("{shape} f32"),
-        operands: vec![Fill::Noise(4 * n), Fill::Room(ops::SQUARE_SUMS)],
-        work: Work::Bytes(4.0 * n as f64),
-        launches: 0,
+        shape: format!("{shape} bf16"),
+        operands: vec![Fill::Noise(2 * n), Fill::Room(ops::SQUARE_SUMS)],
+        work: Work::Bytes(2.0 * n as f64),
+        launches: here,
         run: Box::new(move |q, &[values, sums, ..]| {
-            let element = Element::F32;
             // SAFETY: as for `linear`.
-            unsafe { ops::square_sum(Queue { element, ..q }, values, n, sums) }
+            unsafe { ops::square_sum(q, values, n, sums) }
         }),
     });
 }

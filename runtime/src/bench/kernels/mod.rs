@@ -36,6 +36,8 @@ pub struct Shapes {
     pub tokens: usize,
     /// Of each sequence.
     pub seq: usize,
+    /// Whether the optimizer runs on the device: its states stay there.
+    pub resident: bool,
 }
 
 impl Shapes {
@@ -406,6 +408,7 @@ mod tests {
             layers: 24,
             tokens: 8192,
             seq: 1024,
+            resident: false,
         };
         assert!(shapes.check().is_ok());
         let wrong = Shapes {

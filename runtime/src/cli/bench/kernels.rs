@@ -30,6 +30,9 @@ pub(crate) struct Kernels {
     /// Tokens of a sequence
     #[arg(long, default_value_t = 1024)]
     seq: usize,
+    /// Counts the optimizer to a step, as where its states stay on the device
+    #[arg(long)]
+    resident: bool,
     /// Launches of each kernel that are timed
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(3..=10_000))]
     launches: u32,
@@ -48,6 +51,7 @@ impl Kernels {
             layers: self.layers,
             tokens: self.tokens,
             seq: self.seq,
+            resident: self.resident,
         };
         let report = with_progress(|progress| run(shapes, self.launches, progress));
         let report = report.map_err(|error| error.to_string())?;
