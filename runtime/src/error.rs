@@ -70,6 +70,14 @@ pub enum Error {
         /// What is wrong and what to do.
         what: String,
     },
+    /// A measurement could not be made.
+    #[error("cannot measure {what}: {why}")]
+    Measure {
+        /// What was to be measured.
+        what: &'static str,
+        /// Why it cannot be, and what to do.
+        why: String,
+    },
     /// The operating system refused a thread, a file or memory.
     #[error("{what}: {source}")]
     System {

@@ -73,6 +73,7 @@
 //! ```
 #![deny(missing_docs)]
 
+pub mod bench;
 mod bytes;
 mod device;
 mod error;

@@ -21,6 +21,8 @@ pub struct Found {
     pub total_bytes: u64,
     /// Of which are free.
     pub free_bytes: u64,
+    /// Its place on the bus as `/sys/bus/pci/devices` has it, where the driver says.
+    pub bus: Option<String>,
 }
 
 /// Whether there is a driver with a device; asked once.
@@ -104,7 +106,22 @@ fn first(driver: i32) -> Result<Found, CudaError> {
         capability: (major, minor),
         total_bytes: total as u64,
         free_bytes: free as u64,
+        bus: bus(device),
     })
+}
+
+fn bus(device: sys::CUdevice) -> Option<String> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    let ask = |which| {
+        let mut value = 0;
+        // SAFETY: a valid place, and a device that was just got.
+        let asked = unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, device) };
+        check("cuDeviceGetAttribute", asked).ok().map(|()| value)
+    };
+    let domain = ask(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+    let bus = ask(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+    let slot = ask(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+    Some(format!("{domain:04x}:{bus:02x}:{slot:02x}.0"))
 }
 
 /// Makes sure that NVRTC and cuBLASLt are there, and stay; asked once.
@@ -112,30 +129,51 @@ fn first(driver: i32) -> Result<Found, CudaError> {
 /// # Errors
 /// [`CudaError::NoLibrary`].
 pub fn libraries() -> Result<(), CudaError> {
-    static FOUND: OnceLock<Result<(), CudaError>> = OnceLock::new();
-    FOUND
-        .get_or_init(|| {
-            // NVRTC loads its builtins by name, from where they already are.
-            let _ = keep("libnvrtc-builtins", &["13.0", "12.9", "12.8", "13", "12"]);
-            keep("libnvrtc", &["13", "12"])?;
-            keep("libcublasLt", &["13", "12"])
-        })
-        .clone()
+    kept().map(|_| ())
 }
 
-fn open(name: impl AsRef<std::ffi::OsStr>) -> Result<(), String> {
+/// NVRTC and cuBLASLt.
+fn kept() -> Result<&'static [Kept; 2], CudaError> {
+    static FOUND: OnceLock<Result<[Kept; 2], CudaError>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        // NVRTC loads its builtins by name, from where they already are.
+        let _ = keep("libnvrtc-builtins", &["13.0", "12.9", "12.8", "13", "12"]);
+        let nvrtc = keep("libnvrtc", &["13", "12"])?;
+        Ok([nvrtc, keep("libcublasLt", &["13", "12"])?])
+    });
+    found.as_ref().map_err(Clone::clone)
+}
+
+/// The versions of NVRTC and cuBLASLt, for people; nothing where they do not say.
+pub fn versions() -> Option<[String; 2]> {
+    let [nvrtc, blas] = kept().ok()?;
+    let (mut major, mut minor) = (0i32, 0i32);
+    // SAFETY: functions of these names and types in libraries that stay loaded.
+    let blas = unsafe {
+        let ask = nvrtc.get::<unsafe extern "C" fn(*mut i32, *mut i32) -> i32>(b"nvrtcVersion\0");
+        if ask.ok()?(&raw mut major, &raw mut minor) != 0 {
+            return None;
+        }
+        blas.get::<unsafe extern "C" fn() -> usize>(b"cublasLtGetVersion\0")
+            .ok()?()
+    };
+    // 120805 and 130002: a hundred minors since 12.
+    let blas = format!("{}.{}.{}", blas / 10_000, blas % 10_000 / 100, blas % 100);
+    Some([format!("{major}.{minor}"), blas])
+}
+
+/// A library that is never unloaded: cudarc finds it by its name from now on.
+type Kept = std::mem::ManuallyDrop<libloading::Library>;
+
+fn open(name: impl AsRef<std::ffi::OsStr>) -> Result<Kept, String> {
     // SAFETY: a library of the system's own; its initializers are trusted as the linker would.
     match unsafe { libloading::Library::new(name.as_ref()) } {
-        Ok(library) => {
-            // Never unloaded: cudarc finds it by its name from now on.
-            std::mem::forget(library);
-            Ok(())
-        }
+        Ok(library) => Ok(std::mem::ManuallyDrop::new(library)),
         Err(error) => Err(error.to_string()),
     }
 }
 
-fn keep(library: &'static str, versions: &[&str]) -> Result<(), CudaError> {
+fn keep(library: &'static str, versions: &[&str]) -> Result<Kept, CudaError> {
     let names: Vec<String> = versions
         .iter()
         .map(|v| format!("{library}.so.{v}"))
@@ -144,7 +182,7 @@ fn keep(library: &'static str, versions: &[&str]) -> Result<(), CudaError> {
     let mut why = String::new();
     for name in &names {
         match open(name) {
-            Ok(()) => return Ok(()),
+            Ok(found) => return Ok(found),
             Err(error) if why.is_empty() => why = error,
             Err(_) => {}
         }
@@ -153,7 +191,7 @@ fn keep(library: &'static str, versions: &[&str]) -> Result<(), CudaError> {
         for path in names.iter().map(|name| folder.join(name)) {
             if path.exists() {
                 match open(&path) {
-                    Ok(()) => return Ok(()),
+                    Ok(found) => return Ok(found),
                     Err(error) => why = error,
                 }
             }

@@ -12,7 +12,8 @@ use forebay_pinned::Arena;
 use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode};
 
-use super::{EXTENT, Kind, SLICE, Slice, cpu_seconds, writes};
+use super::stats::cpu_seconds;
+use super::{EXTENT, Kind, SLICE, Slice, writes};
 use crate::Error;
 use crate::checksum::GRANULE;
 use crate::io::{DEPTH_MAX, Tuning, build};
@@ -168,8 +169,8 @@ impl<'a> Bare<'a> {
     }
 }
 
-/// Not zeros: some disks make short work of those.
-pub(super) fn noise(bytes: &mut [u8], seed: u64) {
+/// Fills memory with what is not zeros: some disks make short work of those.
+pub fn noise(bytes: &mut [u8], seed: u64) {
     for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         let mixed = (i as u64 ^ (seed << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         *word = (mixed ^ mixed >> 31).to_le_bytes();

@@ -7,6 +7,7 @@
 //! is store to bare, its control bare to bare. Given are medians with 95 % intervals.
 
 mod bare;
+mod reads;
 mod stats;
 mod tune;
 
@@ -19,13 +20,15 @@ use crate::checksum::GRANULE;
 use crate::io::{IoChoice, Tuning};
 use crate::{Copies, Direction, Error, Key, Layout, Options, StateKind, Store};
 use bare::Bare;
-pub use stats::{Interval, Percentiles};
-use stats::{median, percentiles};
+pub use bare::noise;
+pub use reads::BareReads;
+use stats::percentiles;
+pub use stats::{Interval, Percentiles, cpu_seconds, median};
 
 /// Bytes of a slice.
 pub const SLICE: u64 = 128 << 20;
 /// Bytes of an extent: a part of optimizer states of some hundred thousand elements.
-const EXTENT: u64 = 4 << 20;
+pub const EXTENT: u64 = 4 << 20;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -271,18 +274,6 @@ fn compare(
         bare_latency: latency(&bares),
         store_latency: latency(&stores),
     })
-}
-
-/// CPU time of this process, its kernel threads included.
-fn cpu_seconds() -> f64 {
-    // SAFETY: all-zero is a valid `rusage`, which the call fills.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
-        usage
-    };
-    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
-    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
 /// Bytes of memory that slices use: enough that the device's queue is full while extents that have

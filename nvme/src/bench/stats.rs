@@ -14,7 +14,8 @@ pub struct Interval {
 }
 
 impl Interval {
-    pub(super) fn of(values: &[f64]) -> Self {
+    /// Of some values.
+    pub fn of(values: &[f64]) -> Self {
         const RESAMPLES: usize = 4000;
         let mut seed = 0x1234_5678_9abc_def1u64;
         let mut draw = |n: usize| {
@@ -42,7 +43,7 @@ impl Interval {
 }
 
 /// The middle value; of none, 0.
-pub(super) fn median(mut values: Vec<f64>) -> f64 {
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {
@@ -77,6 +78,18 @@ pub(super) fn percentiles(mut values: Vec<Duration>) -> Percentiles {
         p99: at(0.99),
         p999: at(0.999),
     }
+}
+
+/// CPU time of this process so far, its kernel threads included.
+pub fn cpu_seconds() -> f64 {
+    // SAFETY: all-zero is a valid `rusage`, which the call fills.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! `forebay doctor` prints these facts with the line that mends what is amiss, and the default
 //! budgets come from the same numbers.
 
+mod link;
 mod memory;
 
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use forebay_nvme::probe::{self, DiskRate};
 use forebay_nvme::profile::Profile;
 
 use crate::{Budgets, Bytes, DeviceChoice, Target};
+pub use link::Link;
 
 /// How a fact stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +101,12 @@ fn own_target() -> Target {
     DeviceChoice::Auto.target(threads).unwrap_or(host)
 }
 
+/// The link of the first GPU, where there is one and the system says.
+pub fn link() -> Option<Link> {
+    let found = forebay_kernels::cuda::probe().ok()?;
+    link::link(Path::new("/"), &found.bus?)
+}
+
 /// Looks at everything, the given disk folders included: writes and reads 64 MiB in each.
 pub fn examine(disks: &[PathBuf]) -> Vec<Fact> {
     let mut facts = vec![
@@ -133,8 +141,9 @@ fn gpu() -> Fact {
         }
     };
     let version = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+    let link = link().map_or_else(String::new, |link| format!(", {link}"));
     let value = format!(
-        "{}, {} free of {}, compute capability {}.{}; driver for CUDA {}",
+        "{}{link}, {} free of {}, compute capability {}.{}; driver for CUDA {}",
         found.name,
         Bytes(found.free_bytes),
         Bytes(found.total_bytes),
@@ -147,7 +156,13 @@ fn gpu() -> Fact {
         return Fact::poor("GPU", value, mend);
     }
     match cuda::libraries() {
-        Ok(()) => Fact::good("GPU", format!("{value}; NVRTC and cuBLASLt found")),
+        Ok(()) => {
+            let libraries = cuda::versions().map_or_else(
+                || "NVRTC and cuBLASLt found".to_owned(),
+                |[nvrtc, blas]| format!("NVRTC {nvrtc}, cuBLASLt {blas}"),
+            );
+            Fact::good("GPU", format!("{value}; {libraries}"))
+        }
         Err(error) => Fact::poor("GPU", value, error.to_string()),
     }
 }

@@ -48,8 +48,10 @@ struct Lane {
     queued: u64,
     /// Operations that a mark stands behind.
     marked: u64,
-    /// Recorded before the first operation behind the last mark, for the time it takes.
+    /// Stands before the first operation behind the last mark, for the time it takes.
     start: Option<sys::CUevent>,
+    /// Whether the stream waits for another before that operation.
+    waits: bool,
     /// Marks that may not have been reached, oldest first.
     pending: VecDeque<Mark>,
     spare: Vec<sys::CUevent>,
@@ -84,6 +86,7 @@ impl CudaDevice {
                 queued: 0,
                 marked: 0,
                 start: None,
+                waits: false,
                 pending: VecDeque::with_capacity(256),
                 spare: Vec::new(),
                 watcher: watcher.map_err(Error::system("starting a thread of the device"))?,
@@ -115,7 +118,7 @@ impl CudaDevice {
         }
         let mut done = Ok(());
         if lane.start.is_none() {
-            done = lane.record().map(|event| lane.start = Some(event));
+            done = lane.begin();
         }
         if let Err(what) = done.and_then(|()| work(lane.stream, &self.kernels)) {
             self.shared.fail(name, what);
@@ -135,6 +138,21 @@ impl CudaDevice {
 }
 
 impl Lane {
+    /// Takes the time from here. On a stream that is at work it is the end of what goes before: each
+    /// event between two copies costs the link a moment.
+    fn begin(&mut self) -> Result<(), String> {
+        let done = self.watcher.done();
+        self.start = Some(match self.pending.back_mut() {
+            Some(mark) if !self.waits && mark.seq > done => {
+                mark.lent = true;
+                mark.end
+            }
+            _ => self.record()?,
+        });
+        self.waits = false;
+        Ok(())
+    }
+
     /// An event, recorded here and now.
     fn record(&mut self) -> Result<sys::CUevent, String> {
         let event = match self.spare.pop() {
@@ -160,8 +178,7 @@ impl Lane {
         let done = self.watcher.done();
         while self.pending.front().is_some_and(|mark| mark.seq <= done) {
             if let Some(mark) = self.pending.pop_front() {
-                self.spare
-                    .extend([Some(mark.end), mark.start].into_iter().flatten());
+                self.spare.extend(mark.own().into_iter().flatten());
             }
         }
         if self.marked == self.queued {
@@ -171,6 +188,7 @@ impl Lane {
             seq: self.queued,
             start: self.start.take(),
             end: self.record()?,
+            lent: false,
         };
         self.marked = self.queued;
         self.pending.push_back(mark);
@@ -295,6 +313,7 @@ impl Device for CudaDevice {
             // SAFETY: a stream and an event of this device, recorded before.
             let waits = unsafe { sys::cuStreamWaitEvent(lane.stream, end, 0) };
             done = check("cuStreamWaitEvent", waits).map_err(|e| e.to_string());
+            lane.waits = true;
         }
         if let Err(what) = done {
             self.shared.fail("waiting for an event", what);
@@ -334,7 +353,7 @@ impl Drop for CudaDevice {
         self.drain();
         for lane in &mut self.lanes {
             lane.watcher.end();
-            let events = lane.pending.drain(..).flat_map(|m| [Some(m.end), m.start]);
+            let events = lane.pending.drain(..).flat_map(Mark::own);
             let events = events.chain([lane.start.take()]).flatten();
             for event in events.chain(lane.spare.drain(..)) {
                 // SAFETY: made by `record`, used by nobody any more.

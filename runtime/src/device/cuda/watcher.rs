@@ -18,6 +18,15 @@ pub(super) struct Mark {
     pub(super) seq: u64,
     pub(super) start: Option<sys::CUevent>,
     pub(super) end: sys::CUevent,
+    /// Whether the end is the start of the next mark too, which owns it then.
+    pub(super) lent: bool,
+}
+
+impl Mark {
+    /// The events that are its own.
+    pub(super) fn own(self) -> [Option<sys::CUevent>; 2] {
+        [self.start, (!self.lent).then_some(self.end)]
+    }
 }
 
 // SAFETY: events belong to a context, not to a thread.
@@ -146,7 +155,8 @@ impl Drop for Watcher {
 
 /// Waits for a mark; the nanoseconds since its start.
 fn wait(mark: Mark) -> Result<u64, CudaError> {
-    // SAFETY: events of this context; they are recorded anew only after this mark is done.
+    // SAFETY: events of this context; they are recorded anew only after this mark is done, and an end
+    // that is lent only after the next one is.
     unsafe {
         check("cuEventSynchronize", sys::cuEventSynchronize(mark.end))?;
         let Some(start) = mark.start else {

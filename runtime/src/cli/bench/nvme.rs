@@ -1,26 +1,13 @@
-//! `forebay bench`: what this machine can do, and what Forebay takes of it.
+//! `forebay bench nvme`: a disk, bare and through the store.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use forebay::Bytes;
-use forebay::nvme::bench::{Interval, Outcome, Percentiles, Plan, Report, block_fits, run};
-use indicatif::{ProgressBar, ProgressStyle};
+use forebay::nvme::bench::{Outcome, Percentiles, Plan, Report, block_fits, run};
 use serde_json::json;
 
-/// Measure bandwidths
-#[derive(clap::Subcommand, Debug)]
-pub(crate) enum Bench {
-    Nvme(Nvme),
-}
-
-impl Bench {
-    pub(crate) fn run(&self) -> Result<(), String> {
-        match self {
-            Self::Nvme(nvme) => nvme.run(),
-        }
-    }
-}
+use super::{array, interval, with_progress};
 
 /// A disk: bare io_uring, and the store with checksums verified, in turn on the same file. Finds the
 /// fastest block and depth and keeps them for the stores on that disk
@@ -69,7 +56,7 @@ fn mix(text: &str) -> Result<(u32, u32), String> {
 }
 
 impl Nvme {
-    fn run(&self) -> Result<(), String> {
+    pub(super) fn run(&self) -> Result<(), String> {
         let block = match self.block {
             None => None,
             Some(b) if block_fits(b.0) => Some(b.0 as u32),
@@ -97,15 +84,7 @@ impl Nvme {
             sqpoll: self.sqpoll,
             iopoll: self.iopoll,
         };
-        let bar = ProgressBar::new_spinner();
-        if let Ok(style) = ProgressStyle::with_template("{elapsed} {msg}") {
-            bar.set_style(style);
-        }
-        let report = run(&plan, &mut |what| {
-            bar.set_message(what.to_owned());
-            bar.tick();
-        });
-        bar.finish_and_clear();
+        let report = with_progress(|progress| run(&plan, progress));
         let report = report.map_err(|error| error.to_string())?;
         let fio = fio(&self.disk, &report, self.mix);
         if self.json {
@@ -146,7 +125,6 @@ fn table(report: &Report, nvme: &Nvme, fio: Option<&[f64]>) {
         "{:<6} {:>7} {:>7}  {:<24} {:<24} {:>13}",
         "", "GB/s", "GB/s", "", "", "CPU s per GB"
     );
-    let interval = |i: &Interval| format!("{:.3} ({:.3} to {:.3})", i.median, i.low, i.high);
     for o in &report.outcomes {
         println!(
             "{:<6} {:>7.2} {:>7.2}  {:<24} {:<24} {:>6.3} {:>6.3}",
@@ -185,15 +163,14 @@ fn table(report: &Report, nvme: &Nvme, fio: Option<&[f64]>) {
 }
 
 fn object(report: &Report, fio: Option<&[f64]>) -> serde_json::Value {
-    let interval = |i: &Interval| json!([i.median, i.low, i.high]);
     let latency = |p: &Percentiles| json!([p.p50, p.p99, p.p999].map(|d| d.as_secs_f64()));
     let outcome = |o: &Outcome| {
         json!({
             "kind": format!("{:?}", o.kind).to_lowercase(),
             "bare_bytes_per_s": o.bare_bytes_per_s,
             "store_bytes_per_s": o.store_bytes_per_s,
-            "ratio": interval(&o.ratio),
-            "control": interval(&o.control),
+            "ratio": array(&o.ratio),
+            "control": array(&o.control),
             "bare_cpu_s_per_gb": o.bare_cpu_s_per_gb,
             "store_cpu_s_per_gb": o.store_cpu_s_per_gb,
             "bare_latency_s": latency(&o.bare_latency),

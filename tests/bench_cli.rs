@@ -1,0 +1,135 @@
+//! `forebay bench` as a user meets it: on the host device, with tiny sizes, figures are there and make
+//! sense; wrong flags and a missing GPU are one line that says what to do.
+#![allow(clippy::unwrap_used)]
+
+mod cli;
+
+use std::process::{Command, Output};
+
+use cli::check_refusal;
+use serde_json::Value;
+
+fn bench(words: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
+    command.arg("bench").args(words).output().unwrap()
+}
+
+fn json(words: &[&str]) -> Value {
+    let output = bench(words);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn refused(words: &[&str], expected: &[&str]) {
+    check_refusal(&bench(words), &format!("{words:?}"), expected);
+}
+
+/// A ratio with its interval around it, each rate more than nothing and less than any machine has.
+fn plausible(found: &Value) {
+    for name in ["bare_bytes_per_s", "ours_bytes_per_s"] {
+        let rate = found[name].as_f64().unwrap();
+        assert!((1e6..1e13).contains(&rate), "{name} in {found}");
+    }
+    for name in ["ratio", "control"] {
+        let [median, low, high] = [0, 1, 2].map(|i| found[name][i].as_f64().unwrap());
+        assert!(low <= median && median <= high, "{name} in {found}");
+        assert!((0.02..50.0).contains(&median), "{name} in {found}");
+    }
+    if let Some(target) = found["target"].as_f64() {
+        let high = found["ratio"][2].as_f64().unwrap();
+        assert_eq!(found["met"], high >= target, "{found}");
+    }
+}
+
+const HOST: [&str; 7] = [
+    "pcie", "--device", "host", "--json", "--rounds", "3", "--sizes",
+];
+
+#[test]
+fn on_the_host_device_copies_of_each_size_go_each_way_beside_bare_ones() {
+    let found = json(&[&HOST[..], &["64KiB,1MiB"]].concat());
+    assert_eq!(found["memory_copies"], true);
+    assert!(found["link"].as_str().unwrap().contains("copies of memory"));
+    assert!(found["disk"].is_null());
+    let outcomes = found["outcomes"].as_array().unwrap();
+    let ways: Vec<_> = outcomes
+        .iter()
+        .map(|o| (o["size"].as_u64().unwrap(), o["way"].as_str().unwrap()))
+        .collect();
+    let each = |size| ["h2d", "d2h", "both"].map(|way| (size, way));
+    assert_eq!(ways, [each(1 << 16), each(1 << 20)].concat());
+    for outcome in outcomes {
+        plausible(&outcome["found"]);
+        let mebi = outcome["size"] == 1 << 20;
+        assert_eq!(outcome["found"]["target"].as_f64(), mebi.then_some(0.9));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_left_out_and_said() {
+    let found = json(&[&HOST[..], &["64KiB,512TiB"]].concat());
+    assert_eq!(found["outcomes"].as_array().unwrap().len(), 3);
+    assert_eq!(found["left_out"][0], 512u64 << 40);
+    refused(
+        &[&HOST[..], &["512TiB"]].concat(),
+        &["no size fits", "--sizes"],
+    );
+}
+
+#[test]
+fn from_a_disk_to_the_device_beside_the_slower_of_both() {
+    if forebay::nvme::probe::io_uring().is_err() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().display().to_string();
+    let words = ["64KiB", "--disk", &disk, "--disk-size", "512MiB"];
+    let found = json(&[&HOST[..], &words].concat());
+    let chain = &found["disk"];
+    plausible(&chain["found"]);
+    assert_eq!(chain["found"]["target"], 0.95);
+    let rate = |name: &str| chain[name].as_f64().unwrap();
+    let slower = rate("bare_disk_bytes_per_s").min(rate("bare_h2d_bytes_per_s"));
+    let bare = chain["found"]["bare_bytes_per_s"].as_f64().unwrap();
+    assert!((0.3..3.0).contains(&(bare / slower)), "{chain}");
+    assert_eq!(
+        std::fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "it leaves nothing"
+    );
+}
+
+#[test]
+fn wrong_flags_say_what_would_be_right() {
+    refused(&[&HOST[..], &["5000"]].concat(), &["--sizes", "4KiB"]);
+    refused(
+        &[&HOST[..], &["64KiB", "--disk", "/nowhere"]].concat(),
+        &["/nowhere"],
+    );
+    let words = ["64KiB", "--disk", ".", "--disk-size", "1MiB"];
+    refused(&[&HOST[..], &words].concat(), &["--disk-size", "512MiB"]);
+    // Clap's own errors have a line more.
+    for words in [
+        ["pcie", "--sizes", "many"],
+        ["pcie", "--device", "tpu"],
+        ["pcie", "--rounds", "1"],
+    ] {
+        let output = bench(&words);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && error.contains(words[1]),
+            "{error}"
+        );
+    }
+    refused(&["kernels", "--seq", "1000"], &["whole sequences"]);
+}
+
+#[test]
+fn without_a_gpu_there_are_no_kernels_to_measure_and_it_says_why() {
+    if std::path::Path::new("/dev/nvidia0").exists() {
+        return;
+    }
+    refused(&["kernels"], &["cannot measure kernels", "CUDA"]);
+    refused(&["pcie", "--device", "cuda"], &["no cuda device"]);
+}
