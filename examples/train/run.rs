@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut options = options(args, &recipe, &disk)?;
     let footprint = decoder.footprint(options.target()?)?;
     choose_budgets(&decoder, footprint, args, &mut options)?;
-    let ceilings = Ceilings::measure(&disk.folders, options.threads)?;
+    let ceilings = Ceilings::measure(&options, decoder.model().dtype())?;
     let model = decoder.model().clone();
     let mut trainer = if args.resume {
         Trainer::resume(model, footprint, &options)?

@@ -1,14 +1,18 @@
 //! What a run used and did, beside what it could have done.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use forebay_kernels::cpu::{AdamW, Exchange, Isa, States, Workers, adamw_parallel};
 use forebay_prefetch::{Bound, Lane, Rates, Traffic, bound};
 
-use super::Trainer;
+use half::bf16;
+
+use super::{Options, Trainer};
+use crate::bench::pcie;
 use crate::error::{Error, Result};
+use crate::target::Target;
+use crate::tensor::DType;
 
 /// Rates of this machine, measured by bare loops with no engine in them.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,15 +30,21 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
-    /// Measures them, in about a second, with up to 64 MiB of each disk and 80 MiB of memory that are given
-    /// back.
+    /// Measures those of a trainer's options and the type that its model computes in, in about a second,
+    /// with up to 64 MiB of each disk and 80 MiB of memory (64 MiB of the GPU's) that are given back.
     ///
     /// # Errors
-    /// A disk folder that cannot be used; threads refused.
-    pub fn measure(disks: &[PathBuf], threads: usize) -> Result<Self> {
-        let copy = copy_rate();
+    /// A disk folder or a device that cannot be used; threads refused.
+    pub fn measure(options: &Options, dtype: DType) -> Result<Self> {
+        let (h2d, d2h) = match options.target()? {
+            Target::Host { .. } => {
+                let copy = copy_rate();
+                (copy, copy)
+            }
+            Target::Cuda => pcie::gpu_rates()?,
+        };
         let (mut disk_read, mut disk_write, mut seen) = (0.0, 0.0, Vec::new());
-        for disk in disks {
+        for disk in &options.disk {
             // On a full disk a smaller piece has to do: whether the store fits is said by the store.
             let free = forebay_nvme::probe::free_bytes(disk)?;
             // Folders of one device share its bandwidth.
@@ -49,11 +59,11 @@ impl Ceilings {
             disk_write += rate.write_bytes_per_s;
         }
         Ok(Self {
-            h2d: copy,
-            d2h: copy,
+            h2d,
+            d2h,
             disk_read,
             disk_write,
-            adam: adam_rate(threads)?,
+            adam: adam_rate(options.threads, dtype)?,
         })
     }
 }
@@ -71,11 +81,13 @@ fn copy_rate() -> f64 {
     bytes as f64 / time.fold(f64::INFINITY, f64::min)
 }
 
-fn adam_rate(threads: usize) -> Result<f64> {
+fn adam_rate(threads: usize, dtype: DType) -> Result<f64> {
     let workers = Workers::new(threads, "fb-ceiling").map_err(Error::system("starting threads"))?;
     let elements = 4 << 20;
-    let mut arrays = [(); 4].map(|()| vec![0.5f32; elements]);
-    let [master, m, v, both] = &mut arrays;
+    let mut arrays = [(); 3].map(|()| vec![0.5f32; elements]);
+    let [master, m, v] = &mut arrays;
+    let mut wide = vec![0.5f32; if dtype == DType::Bf16 { 0 } else { elements }];
+    let mut narrow = vec![bf16::ONE; elements - wide.len()];
     let adam = AdamW {
         lr: 1e-3,
         beta1: 0.9,
@@ -91,13 +103,11 @@ fn adam_rate(threads: usize) -> Result<f64> {
             m: &mut *m,
             v: &mut *v,
         };
-        adamw_parallel(
-            &workers,
-            Isa::best(),
-            &scalars,
-            states,
-            Exchange::InPlaceF32(&mut *both),
-        );
+        let exchange = match dtype {
+            DType::Bf16 => Exchange::InPlaceBf16(&mut narrow),
+            DType::F32 | DType::U32 => Exchange::InPlaceF32(&mut wide),
+        };
+        adamw_parallel(&workers, Isa::best(), &scalars, states, exchange);
         start.elapsed().as_secs_f64()
     });
     Ok(elements as f64 / times.fold(f64::INFINITY, f64::min))
