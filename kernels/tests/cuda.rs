@@ -395,6 +395,19 @@ fn attention_agrees() {
             (1, 129, 6, 2, 64),
             (2, 200, 4, 4, 128),
             (1, 70, 2, 1, 256),
+            // In bf16 these are for tensor cores: one row, a tile, its neighbours, groups, several swaths of heads.
+            (1, 1, 1, 1, 64),
+            (2, 1, 4, 2, 128),
+            (2, 63, 2, 2, 64),
+            (1, 64, 4, 1, 128),
+            (3, 65, 4, 2, 64),
+            (1, 129, 8, 2, 128),
+            (1, 200, 8, 1, 64),
+            (2, 190, 3, 3, 96),
+            (1, 130, 4, 2, 32),
+            (5, 150, 16, 8, 64),
+            (1, 1024, 8, 4, 128),
+            (2, 1024, 2, 1, 64),
         ] {
             let dims = host::AttentionDims {
                 batch,
@@ -461,6 +474,47 @@ fn attention_agrees() {
                     };
                     t.within(&format!("{name} {what}"), &got, wanted, limit);
                 }
+            }
+        }
+    });
+}
+
+#[test]
+fn attention_repeats_its_bits() {
+    on_a_gpu(|t| {
+        for (batch, seq, heads, kv_heads, head_dim) in [(4, 333, 8, 2, 128), (2, 512, 16, 16, 64)] {
+            let dims = host::AttentionDims {
+                batch,
+                seq,
+                heads,
+                kv_heads,
+                head_dim,
+            };
+            let tokens = batch * seq * head_dim;
+            let (rows, kv, lses) = (tokens * heads, tokens * kv_heads, batch * heads * seq);
+            let inputs = [rows, kv, kv, rows].map(|n| t.values(n, 2.0).on_device());
+            let [q, k, v, dout] = &inputs;
+            let mut before: Option<Vec<Vec<u8>>> = None;
+            for _ in 0..4 {
+                // Fresh memory, elsewhere and full of NaN.
+                let results = [rows, rows, kv, kv].map(|n| t.room(n));
+                let [out, dq, dk, dv] = &results;
+                let lse = Buffer::new(4 * lses);
+                let room = Buffer::new(ops::attention_backward_scratch(dims));
+                let from = [q.address, k.address, v.address];
+                let rest = [out.address, lse.address, dout.address];
+                let to = [dq.address, dk.address, dv.address];
+                unsafe {
+                    ops::attention(t.queue(), dims, from, out.address, lse.address).unwrap();
+                    ops::attention_backward(t.queue(), dims, from, rest, to, room.address).unwrap();
+                }
+                let mut bytes: Vec<Vec<u8>> = results.iter().map(Buffer::get).collect();
+                bytes.push(lse.get());
+                assert!(bytes.iter().flatten().any(|x| *x != 0));
+                if let Some(before) = &before {
+                    assert!(*before == bytes, "another run, other bits");
+                }
+                before = Some(bytes);
             }
         }
     });

@@ -21,9 +21,17 @@ macro_rules! source {
     };
 }
 
-const SOURCES: [Source; 7] = [
+const SOURCES: [Source; 8] = [
     source!("adam", false),
     source!("attention", true),
+    Source {
+        file: "attention_mma",
+        text: concat!(
+            include_str!("cu/mma.cuh"),
+            include_str!("cu/attention_mma.cu")
+        ),
+        fuse: true,
+    },
     source!("cross_entropy", true),
     source!("elementwise", true),
     source!("embedding", true),
@@ -71,6 +79,8 @@ pub struct Kernels {
     functions: RefCell<HashMap<Name, (sys::CUfunction, u32)>>,
     pub(super) blas: Blas,
     pub(super) multiprocessors: u32,
+    /// The most shared memory that a block may have, in bytes.
+    pub(super) shared: usize,
     /// A word of mapped host memory that kernels set when they meet bad input.
     pub(super) fault: u64,
 }
@@ -102,6 +112,8 @@ impl Kernels {
             functions: RefCell::default(),
             blas: Blas::new()?,
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as usize,
             fault,
         };
         for source in &SOURCES {
@@ -179,9 +191,14 @@ impl Kernels {
         if most > 48 << 10 {
             let which =
                 sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: a function of this context.
-            let result = unsafe { sys::cuFuncSetAttribute(function, which, most as i32) };
-            check("cuFuncSetAttribute", result)?;
+            // As much of the cache as there is, so that as many blocks share it as fit.
+            let carveout =
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            for (which, value) in [(which, most as i32), (carveout, 100)] {
+                // SAFETY: a function of this context.
+                let result = unsafe { sys::cuFuncSetAttribute(function, which, value) };
+                check("cuFuncSetAttribute", result)?;
+            }
         }
         self.functions
             .borrow_mut()

@@ -8,6 +8,7 @@
 //! Sources are `cu/*.cu`, all behind `cu/common.cuh`; [`Kernels`] holds what was compiled for one
 //! device, and each operation is a function of [`ops`].
 
+mod attention;
 mod compile;
 mod error;
 mod kernels;

@@ -7,10 +7,11 @@
 
 use cudarc::driver::sys::CUstream;
 
+pub use super::attention::{attention, attention_backward, attention_backward_scratch};
 use super::error::CudaError;
 use super::kernels::{Args, Element, Kernels};
 use super::matmul::{Product, workspace};
-use crate::cpu::ops::{AttentionDims, ClassifierDims, Direction, RopeDims};
+use crate::cpu::ops::{ClassifierDims, Direction, RopeDims};
 use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_piece};
 
 /// Where an operation is queued, and in what type it computes.
@@ -24,7 +25,7 @@ pub struct Queue<'a> {
     pub element: Element,
 }
 
-type Done = Result<(), CudaError>;
+pub(super) type Done = Result<(), CudaError>;
 
 /// Floats that one block of [`rms_norm_backward`] leaves for each column.
 const NORM_BLOCKS: u32 = 264;
@@ -325,102 +326,6 @@ pub unsafe fn linear_dw(
     unsafe {
         q.kernels
             .product(q.stream, product, 1.0, [dy, x, dweight], scratch)
-    }
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Dims {
-    batch: u32,
-    seq: u32,
-    heads: u32,
-    kv_heads: u32,
-    d: u32,
-}
-
-const ROWS: usize = 32;
-
-impl Dims {
-    fn of(dims: AttentionDims) -> Self {
-        Self {
-            batch: dims.batch as u32,
-            seq: dims.seq as u32,
-            heads: dims.heads as u32,
-            kv_heads: dims.kv_heads as u32,
-            d: dims.head_dim as u32,
-        }
-    }
-}
-
-fn tiles(seq: usize) -> u32 {
-    seq.div_ceil(ROWS) as u32
-}
-
-/// Causal attention: out and lse from q, k and v.
-///
-/// # Safety
-/// See [`add`].
-pub unsafe fn attention(
-    q: Queue<'_>,
-    dims: AttentionDims,
-    [query, key, value]: [u64; 3],
-    out: u64,
-    lse: u64,
-) -> Done {
-    let args = Args::new().with(query).with(key).with(value);
-    let mut args = args.with(out).with(lse).with(Dims::of(dims));
-    let shared = (3 * ROWS * (dims.head_dim + 1) + ROWS * (ROWS + 1)) * 4;
-    let grid = [tiles(dims.seq), dims.heads as u32, dims.batch as u32];
-    let name = ("attention", Some(q.element));
-    // SAFETY: as `attention_float` takes them.
-    unsafe {
-        q.kernels
-            .launch(q.stream, name, grid, [256, 1], shared as u32, &mut args)
-    }
-}
-
-/// Bytes that [`attention_backward`] works in.
-pub fn attention_backward_scratch(dims: AttentionDims) -> usize {
-    dims.batch * dims.heads * dims.seq * 4
-}
-
-/// The gradients of [`attention`] for q, k and v, set.
-///
-/// # Safety
-/// See [`add`].
-pub unsafe fn attention_backward(
-    q: Queue<'_>,
-    dims: AttentionDims,
-    [query, key, value]: [u64; 3],
-    [out, lse, dout]: [u64; 3],
-    [dq, dk, dv]: [u64; 3],
-    scratch: u64,
-) -> Done {
-    let n = Dims::of(dims);
-    let some = Some(q.element);
-    let mut delta = Args::new().with(out).with(dout).with(scratch).with(n);
-    let args = || Args::new().with(query).with(key).with(value).with(lse);
-    let args = || args().with(scratch).with(dout);
-    let (mut for_q, mut for_kv) = (args().with(dq).with(n), args().with(dk).with(dv).with(n));
-    let shared = (4 * ROWS * (dims.head_dim + 1) + 2 * ROWS * (ROWS + 1)) * 4;
-    let rows = dims.batch * dims.seq * dims.heads;
-    let (batch, heads) = (dims.batch as u32, dims.heads as u32);
-    // SAFETY: as the kernels take them.
-    unsafe {
-        let launch = |name, grid, shared, args: &mut Args| {
-            q.kernels
-                .launch(q.stream, (name, some), grid, [256, 1], shared, args)
-        };
-        launch(
-            "attention_delta",
-            [rows.div_ceil(8) as u32, 1, 1],
-            0,
-            &mut delta,
-        )?;
-        let grid = [tiles(dims.seq), heads, batch];
-        launch("attention_backward_q", grid, shared as u32, &mut for_q)?;
-        let grid = [tiles(dims.seq), dims.kv_heads as u32, batch];
-        launch("attention_backward_kv", grid, shared as u32, &mut for_kv)
     }
 }
 
