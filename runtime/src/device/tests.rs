@@ -149,12 +149,11 @@ fn a_stream_that_rests_between_events_is_not_busy_then() {
         let place = view(device, 0, 64);
         let (rest, began) = (Duration::from_millis(5), Instant::now());
         for _ in 0..10 {
-            let mut last = device.newest(Stream::Compute);
-            for _ in 0..3 {
+            let marks = [(); 3].map(|()| {
                 increment(device, place, 1);
-                last = device.newest(Stream::Compute);
-            }
-            while !device.query(last).unwrap() {
+                device.newest(Stream::Compute)
+            });
+            while !device.query(marks[2]).unwrap() {
                 std::thread::sleep(Duration::from_micros(100));
             }
             std::thread::sleep(rest);
@@ -165,6 +164,29 @@ fn a_stream_that_rests_between_events_is_not_busy_then() {
             busy >= least && busy <= worked,
             "busy for {busy:?} of at most {worked:?}"
         );
+    }
+}
+
+#[test]
+fn a_stream_that_waits_behind_work_of_its_own_is_not_busy_then() {
+    for mut device in devices() {
+        let device = &mut *device;
+        let place = view(device, 0, 64);
+        let mut back = vec![0.0f32; 64];
+        for _ in 0..3 {
+            increment(device, place, 40);
+            let computed = device.newest(Stream::Compute);
+            device.wait(Stream::D2h, computed);
+            // SAFETY: `back` outlives the drain below; events order the streams.
+            unsafe { device.copy_out(Stream::D2h, span(place), back.as_mut_ptr().cast()) };
+        }
+        let last = device.newest(Stream::D2h);
+        while !device.query(last).unwrap() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        device.drain();
+        let busy = device.busy(Stream::D2h);
+        assert!(busy < Duration::from_millis(40), "busy for {busy:?}");
     }
 }
 
