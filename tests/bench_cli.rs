@@ -127,7 +127,7 @@ fn wrong_flags_say_what_would_be_right() {
 
 #[test]
 fn without_a_gpu_there_are_no_kernels_to_measure_and_it_says_why() {
-    if std::path::Path::new("/dev/nvidia0").exists() {
+    if forebay::DeviceChoice::Cuda.target(1).is_ok() {
         return;
     }
     refused(&["kernels"], &["cannot measure kernels", "CUDA"]);

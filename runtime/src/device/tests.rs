@@ -2,7 +2,7 @@
 //! streams by events alone, errors that stick.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forebay_kernels::cuda::Args;
 
@@ -139,6 +139,54 @@ fn streams_run_in_order_and_wait_for_each_other_by_events_alone() {
         let busy = device.busy(Stream::Compute);
         assert!(busy >= Duration::from_millis(50), "{busy:?}");
         assert!(device.busy(Stream::D2h) < busy, "waiting is not work");
+    }
+}
+
+#[test]
+fn a_stream_that_rests_between_events_is_not_busy_then() {
+    for mut device in devices() {
+        let device = &mut *device;
+        let place = view(device, 0, 64);
+        let (rest, began) = (Duration::from_millis(5), Instant::now());
+        for _ in 0..10 {
+            let marks = [(); 3].map(|()| {
+                increment(device, place, 1);
+                device.newest(Stream::Compute)
+            });
+            while !device.query(marks[2]).unwrap() {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            std::thread::sleep(rest);
+        }
+        let (busy, worked) = (device.busy(Stream::Compute), began.elapsed() - 10 * rest);
+        let least = Duration::from_millis(30);
+        assert!(
+            busy >= least && busy <= worked,
+            "busy for {busy:?} of at most {worked:?}"
+        );
+    }
+}
+
+#[test]
+fn a_stream_that_waits_behind_work_of_its_own_is_not_busy_then() {
+    for mut device in devices() {
+        let device = &mut *device;
+        let place = view(device, 0, 64);
+        let mut back = vec![0.0f32; 64];
+        for _ in 0..3 {
+            increment(device, place, 40);
+            let computed = device.newest(Stream::Compute);
+            device.wait(Stream::D2h, computed);
+            // SAFETY: `back` outlives the drain below; events order the streams.
+            unsafe { device.copy_out(Stream::D2h, span(place), back.as_mut_ptr().cast()) };
+        }
+        let last = device.newest(Stream::D2h);
+        while !device.query(last).unwrap() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        device.drain();
+        let busy = device.busy(Stream::D2h);
+        assert!(busy < Duration::from_millis(40), "busy for {busy:?}");
     }
 }
 
