@@ -69,7 +69,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = checkpoint(layer, x, self.cos, self.sin, use_reentrant=False)
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.view(-1, VOCABULARY).float(), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, VOCABULARY).float(), targets.reshape(-1))
 
 
 def main():

@@ -170,9 +170,9 @@ fn trapping_child() {
         start.elapsed()
     );
     // Host and disk are as they were: the run goes on elsewhere.
-    let mut options = options;
-    options.device = DeviceChoice::Host;
-    let options = with_budgets(options, &decoder);
+    let mut elsewhere = common::options(Path::new(&folder));
+    elsewhere.device = DeviceChoice::Host;
+    let options = with_budgets(elsewhere, &decoder);
     let mut trainer = resume(&decoder, &options);
     assert_eq!((trainer.steps(), trainer.user()), (3, "before"));
     common::train(&mut trainer, &decoder, 1);

@@ -8,12 +8,13 @@
 //! parameters and optimizer states as far as they go. The disk takes the rest.
 
 use crate::Error;
-use crate::model::{Model, SectionId, SectionSize, StageId, StageSpec, Tier, Timing};
+use crate::model::{Model, SectionId, StageId, StageSpec, Tier, Timing};
 use crate::parts::{Part, parts};
-use crate::plan::{Pool, PoolId, PoolKind};
+use crate::plan::{PoolId, PoolKind};
+use class::Class;
 
-const DEVICE_ALIGN: u64 = 256;
-const PINNED_ALIGN: u64 = 4096;
+mod class;
+mod sizes;
 
 /// Bytes that may be used on each tier; the disk takes what is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,20 +85,6 @@ pub enum GradHome {
     Passing,
     /// On the device, where the section is updated: it keeps its slot until then.
     Device,
-}
-
-/// Sections of one size.
-#[derive(Clone, Debug)]
-struct Class {
-    param_bytes: u64,
-    grad_slot_bytes: u64,
-    members: Vec<SectionId>,
-    param_slots: u64,
-    param_slots_min: u64,
-    grad_slots: u64,
-    grad_slots_min: u64,
-    /// Members that are updated on the device: each holds a gradient slot from backward to update.
-    updated_here: u64,
 }
 
 /// Where everything lives. Made by [`place`].
@@ -460,76 +447,6 @@ impl Placement {
         self.optim_stage = wanted(parts, 1 + lookahead.max(1) * 2).max(u64::from(any_here));
     }
 
-    fn act_slabs(&self) -> u64 {
-        self.act_home
-            .iter()
-            .flatten()
-            .filter(|h| **h == Tier::Pinned)
-            .count() as u64
-    }
-
-    /// Device memory that the placement takes, scratch included.
-    pub fn device_bytes(&self) -> u64 {
-        let round = |bytes: u64| bytes.next_multiple_of(DEVICE_ALIGN);
-        let classes = self.classes.iter().map(|c| {
-            let params = c.param_slots.saturating_mul(round(c.param_bytes));
-            params.saturating_add(c.all_grad_slots().saturating_mul(round(c.grad_slot_bytes)))
-        });
-        let here = self
-            .parts
-            .iter()
-            .flatten()
-            .filter(|p| p.home == Tier::Device);
-        round(self.options.scratch_bytes)
-            + here.map(|p| round(12 * p.elements)).sum::<u64>()
-            + self.act_slots * round(self.act_bytes)
-            + classes.sum::<u64>()
-    }
-
-    /// Pinned memory that the placement takes.
-    pub fn pinned_bytes(&self) -> u64 {
-        let round = |bytes: u64| bytes.next_multiple_of(PINNED_ALIGN);
-        let mut bytes = round(self.options.pinned_fixed_bytes);
-        bytes += self.act_slabs() * round(self.act_bytes);
-        for (section, class) in self.class_of.iter().enumerate() {
-            let slab = round(self.classes[*class].param_bytes);
-            bytes += slab * u64::from(self.param_home[section] == Tier::Pinned);
-            bytes += slab * u64::from(self.grad_home[section] == GradHome::Slab);
-        }
-        for (index, class) in self.classes.iter().enumerate() {
-            bytes += (self.param_stage[index] + self.grad_stage[index]) * round(class.param_bytes);
-        }
-        let homes = self
-            .parts
-            .iter()
-            .flatten()
-            .filter(|p| p.home == Tier::Pinned);
-        bytes += homes.map(|p| round(12 * p.elements)).sum::<u64>();
-        bytes + self.optim_stage * round(self.optim_stage_bytes())
-    }
-
-    /// Bytes of states whose home is the disk.
-    pub fn disk_bytes(&self) -> u64 {
-        let mut bytes = 0;
-        for (section, class) in self.class_of.iter().enumerate() {
-            let size = self.classes[*class].param_bytes;
-            bytes += size * u64::from(self.param_home[section] == Tier::Disk);
-            bytes += size * u64::from(self.grad_home[section] == GradHome::Disk);
-        }
-        let parts = self.parts.iter().flatten().filter(|p| p.home == Tier::Disk);
-        bytes + parts.map(|p| 12 * p.elements).sum::<u64>()
-    }
-
-    /// Bytes of one shared slab for optimizer states: those of the largest part.
-    pub(crate) fn optim_stage_bytes(&self) -> u64 {
-        self.parts
-            .iter()
-            .flatten()
-            .map(|p| 12 * p.elements)
-            .max()
-            .unwrap_or(0)
-    }
-
     /// Where a section's parameters live.
     pub fn param_home(&self, section: SectionId) -> Tier {
         self.param_home[section.0 as usize]
@@ -538,13 +455,6 @@ impl Placement {
     /// Where a section's gradient waits for its update.
     pub fn grad_home(&self, section: SectionId) -> GradHome {
         self.grad_home[section.0 as usize]
-    }
-
-    /// Bytes of optimizer states that do not live on disk: what a generation writes.
-    pub fn volatile_optim_bytes(&self) -> u64 {
-        let parts = self.parts.iter().flatten();
-        let volatile = parts.filter(|p| p.home != Tier::Disk);
-        volatile.map(|p| 12 * p.elements).sum()
     }
 
     /// A section's parts, in order.
@@ -612,83 +522,5 @@ impl Placement {
             self.classes[class].param_slots,
             self.classes[class].param_slots_min,
         )
-    }
-
-    /// All pools of buffers, by [`PoolId`]. Buffers of a pool have one size.
-    pub fn pools(&self) -> Vec<Pool> {
-        let mut pools = vec![
-            Pool {
-                kind: PoolKind::ActSlot,
-                buffers: self.act_slots,
-                bytes: self.act_bytes,
-            },
-            Pool {
-                kind: PoolKind::OptimStage,
-                buffers: self.optim_stage,
-                bytes: self.optim_stage_bytes(),
-            },
-        ];
-        for (index, class) in self.classes.iter().enumerate() {
-            let pool = |kind, buffers| Pool {
-                kind,
-                buffers,
-                bytes: class.param_bytes,
-            };
-            pools.extend([
-                pool(PoolKind::ParamSlot, class.param_slots),
-                Pool {
-                    bytes: class.grad_slot_bytes,
-                    ..pool(PoolKind::GradSlot, class.all_grad_slots())
-                },
-                pool(PoolKind::ParamStage, self.param_stage[index]),
-                pool(PoolKind::GradStage, self.grad_stage[index]),
-            ]);
-        }
-        pools
-    }
-}
-
-impl Class {
-    fn new(section: &SectionSize) -> Self {
-        Self {
-            param_bytes: section.param_bytes,
-            grad_slot_bytes: section.grad_slot_bytes,
-            members: Vec::new(),
-            param_slots: 0,
-            param_slots_min: 0,
-            grad_slots: 0,
-            grad_slots_min: 0,
-            updated_here: 0,
-        }
-    }
-
-    /// Slots for the gradients of members that are updated elsewhere, and one for each of the others.
-    fn all_grad_slots(&self) -> u64 {
-        let others = self.members.len() as u64 - self.updated_here;
-        self.updated_here + self.grad_slots.min(others)
-    }
-
-    fn fits(&self, section: &SectionSize) -> bool {
-        (self.param_bytes, self.grad_slot_bytes) == (section.param_bytes, section.grad_slot_bytes)
-    }
-
-    fn set_least(&mut self, model: &Model) {
-        let of_class = |ids: &[SectionId]| ids.iter().filter(|s| self.members.contains(s)).count();
-        let stages = model.stages.iter().chain(&model.eval);
-        self.param_slots_min = stages.map(|s| of_class(&s.params)).max().unwrap_or(0) as u64;
-        let spans: Vec<_> = self
-            .members
-            .iter()
-            .filter_map(|m| model.grad_span(*m))
-            .collect();
-        let live = |stage: usize| {
-            spans
-                .iter()
-                .filter(|s| s.0 <= stage && stage <= s.1)
-                .count()
-        };
-        self.grad_slots_min = (0..model.stages.len()).map(live).max().unwrap_or(0) as u64;
-        self.param_slots = self.param_slots_min;
-        self.grad_slots = self.grad_slots_min;
     }
 }

@@ -1,0 +1,62 @@
+//! Sections of one size, and the slots that they share.
+
+use crate::model::{Model, SectionId, SectionSize};
+
+/// Sections of one size.
+#[derive(Clone, Debug)]
+pub(super) struct Class {
+    pub(super) param_bytes: u64,
+    pub(super) grad_slot_bytes: u64,
+    pub(super) members: Vec<SectionId>,
+    pub(super) param_slots: u64,
+    pub(super) param_slots_min: u64,
+    pub(super) grad_slots: u64,
+    pub(super) grad_slots_min: u64,
+    /// Members that are updated on the device: each holds a gradient slot from backward to update.
+    pub(super) updated_here: u64,
+}
+
+impl Class {
+    pub(super) fn new(section: &SectionSize) -> Self {
+        Self {
+            param_bytes: section.param_bytes,
+            grad_slot_bytes: section.grad_slot_bytes,
+            members: Vec::new(),
+            param_slots: 0,
+            param_slots_min: 0,
+            grad_slots: 0,
+            grad_slots_min: 0,
+            updated_here: 0,
+        }
+    }
+
+    /// Slots for the gradients of members that are updated elsewhere, and one for each of the others.
+    pub(super) fn all_grad_slots(&self) -> u64 {
+        let others = self.members.len() as u64 - self.updated_here;
+        self.updated_here + self.grad_slots.min(others)
+    }
+
+    pub(super) fn fits(&self, section: &SectionSize) -> bool {
+        (self.param_bytes, self.grad_slot_bytes) == (section.param_bytes, section.grad_slot_bytes)
+    }
+
+    pub(super) fn set_least(&mut self, model: &Model) {
+        let of_class = |ids: &[SectionId]| ids.iter().filter(|s| self.members.contains(s)).count();
+        let stages = model.stages.iter().chain(&model.eval);
+        self.param_slots_min = stages.map(|s| of_class(&s.params)).max().unwrap_or(0) as u64;
+        let spans: Vec<_> = self
+            .members
+            .iter()
+            .filter_map(|m| model.grad_span(*m))
+            .collect();
+        let live = |stage: usize| {
+            spans
+                .iter()
+                .filter(|s| s.0 <= stage && stage <= s.1)
+                .count()
+        };
+        self.grad_slots_min = (0..model.stages.len()).map(live).max().unwrap_or(0) as u64;
+        self.param_slots = self.param_slots_min;
+        self.grad_slots = self.grad_slots_min;
+    }
+}
