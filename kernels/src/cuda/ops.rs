@@ -12,7 +12,7 @@ use super::error::CudaError;
 use super::kernels::{Args, Element, Kernels};
 use super::matmul::{Product, workspace};
 use crate::cpu::ops::{ClassifierDims, Direction, RopeDims};
-use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_piece};
+use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_strand};
 
 /// Where an operation is queued, and in what type it computes.
 #[derive(Clone, Copy, Debug)]
@@ -495,14 +495,17 @@ pub const SQUARE_SUMS: usize = SQUARE_SUM_PIECES * 8;
 /// # Safety
 /// See [`add`].
 pub unsafe fn square_sum(q: Queue<'_>, values: u64, n: usize, sums: u64) -> Done {
-    let piece = square_sum_piece(n) as u64;
+    let strand = square_sum_strand(n) as u64;
     let mut args = Args::new()
         .with(values)
         .with(n as u64)
-        .with(piece)
+        .with(strand)
         .with(sums);
     let name = ("square_sum", Some(q.element));
     let grid = [SQUARE_SUM_PIECES as u32, 1, 1];
     // SAFETY: as `square_sum_float` takes them.
-    unsafe { q.kernels.launch(q.stream, name, grid, [8, 1], 0, &mut args) }
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut args)
+    }
 }
