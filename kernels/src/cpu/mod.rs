@@ -12,5 +12,5 @@ pub use adam::{AdamScalars, AdamW, Exchange, States, adamw, adamw_parallel};
 pub use cast::{bf16_to_f32, f32_to_bf16, round_to_bf16};
 pub use isa::Isa;
 pub use norm::{NormIn, SquareSum, square_sum};
-pub(crate) use norm::{PIECES as SQUARE_SUM_PIECES, piece_of as square_sum_piece};
+pub(crate) use norm::{PIECES as SQUARE_SUM_PIECES, strand_of as square_sum_strand};
 pub use workers::Workers;

@@ -12,7 +12,7 @@ use super::error::CudaError;
 use super::kernels::{Args, Element, Kernels};
 use super::matmul::{Product, workspace};
 use crate::cpu::ops::{ClassifierDims, Direction, RopeDims};
-use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_piece};
+use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_strand};
 
 /// Where an operation is queued, and in what type it computes.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ pub struct Queue<'a> {
 pub(super) type Done = Result<(), CudaError>;
 
 /// Floats that one block of [`rms_norm_backward`] leaves for each column.
-const NORM_BLOCKS: u32 = 264;
+const NORM_BLOCKS: u32 = 528;
 /// Bytes of logits that are held at a time.
 const LOGITS: usize = 128 << 20;
 
@@ -96,6 +96,25 @@ fn row_block(cols: usize) -> [u32; 2] {
     }
 }
 
+/// Which of a norm's kernels: those that hold 1, 2 or 4 packs of 16 bytes a thread in registers, where
+/// rows are whole packs, few enough, and every tensor is aligned to them; else the first.
+fn norm_kernel(
+    q: Queue<'_>,
+    cols: usize,
+    tensors: &[u64],
+    names: [&'static str; 4],
+) -> (&'static str, Option<Element>) {
+    let per_pack = 16 / q.element.bytes();
+    let whole = cols.is_multiple_of(per_pack) && tensors.iter().all(|t| t % 16 == 0);
+    let name = match (cols / per_pack).div_ceil(row_block(cols)[0] as usize) {
+        1 if whole => names[1],
+        2 if whole => names[2],
+        3 | 4 if whole => names[3],
+        _ => names[0],
+    };
+    (name, Some(q.element))
+}
+
 /// `y = weight * x / sqrt(mean(x²) + eps)`, each of `rows` rows.
 ///
 /// # Safety
@@ -112,7 +131,8 @@ pub unsafe fn rms_norm(
     let args = Args::new().with(x).with(weight).with(y);
     let mut args = args.with(rows as u64).with(cols as u32).with(eps);
     let grid = [rows.div_ceil(block[1] as usize) as u32, 1, 1];
-    let name = ("rms_norm", Some(q.element));
+    let names = ["rms_norm", "rms_norm_1", "rms_norm_2", "rms_norm_4"];
+    let name = norm_kernel(q, cols, &[x, weight, y], names);
     // SAFETY: as `rms_norm_float` takes them.
     unsafe { q.kernels.launch(q.stream, name, grid, block, 0, &mut args) }
 }
@@ -147,7 +167,13 @@ pub unsafe fn rms_norm_backward(
     let args = args.with(rows as u64).with(cols as u32).with(eps);
     let mut args = args.with(u32::from(add));
     let shared = block[1] * cols as u32 * 4;
-    let name = ("rms_norm_backward", Some(q.element));
+    let names = [
+        "rms_norm_backward",
+        "rms_norm_backward_1",
+        "rms_norm_backward_2",
+        "rms_norm_backward_4",
+    ];
+    let name = norm_kernel(q, cols, &[x, weight, dy, dx], names);
     let mut sums = Args::new().with(scratch).with(dweight).with(NORM_BLOCKS);
     sums = sums.with(cols as u32);
     let columns = [cols.div_ceil(32) as u32, 1, 1];
@@ -158,7 +184,7 @@ pub unsafe fn rms_norm_backward(
             .launch(q.stream, name, grid, block, shared, &mut args)?;
         let name = ("column_sums", None);
         q.kernels
-            .launch(q.stream, name, columns, [32, 8], 0, &mut sums)
+            .launch(q.stream, name, columns, [32, 32], 0, &mut sums)
     }
 }
 
@@ -495,14 +521,17 @@ pub const SQUARE_SUMS: usize = SQUARE_SUM_PIECES * 8;
 /// # Safety
 /// See [`add`].
 pub unsafe fn square_sum(q: Queue<'_>, values: u64, n: usize, sums: u64) -> Done {
-    let piece = square_sum_piece(n) as u64;
+    let strand = square_sum_strand(n) as u64;
     let mut args = Args::new()
         .with(values)
         .with(n as u64)
-        .with(piece)
+        .with(strand)
         .with(sums);
     let name = ("square_sum", Some(q.element));
     let grid = [SQUARE_SUM_PIECES as u32, 1, 1];
     // SAFETY: as `square_sum_float` takes them.
-    unsafe { q.kernels.launch(q.stream, name, grid, [8, 1], 0, &mut args) }
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], 0, &mut args)
+    }
 }

@@ -56,26 +56,50 @@ KERNELS(float, bf16)
 KERNELS(bf16, bf16)
 KERNELS(bf16, float)
 
-// The square sum of a gradient, with the bits of the CPU's: 64 pieces of 8 lanes each.
-template <class T> __device__ void square_sum(const T* values, u64 n, u64 piece, double* sums) {
-    u64 first = blockIdx.x * piece, last = first + piece < n ? first + piece : n;
+// The square sum of a gradient, with the bits of the CPU's: a block is a piece of 16 strands of 16 lanes each.
+// Lane l of a strand sums elements l, l + 16, ... in order; then lanes in order, then strands.
+constexpr u32 STRANDS = 16, LANES = 16;
+
+template <class T> __device__ void square_sum(const T* values, u64 n, u64 strand, double* sums) {
+    u32 lane = threadIdx.x % LANES;
+    u64 first = ((u64)blockIdx.x * STRANDS + threadIdx.x / LANES) * strand;
+    u64 last = first + strand < n ? first + strand : n;
     double sum = 0.0;
-    for (u64 i = first + threadIdx.x; i < last; i += 8) {
-        double x = (double)get(values[i]);
-        sum += x * x;
+    u64 i = first + lane;
+    // Loads in front, for the sum itself is one after the other.
+    for (; i + 15 * LANES < last; i += 16 * LANES) {
+        T x[16];
+#pragma unroll
+        for (u32 k = 0; k < 16; k++) x[k] = values[i + k * LANES];
+#pragma unroll
+        for (u32 k = 0; k < 16; k++) {
+            double y = (double)get(x[k]);
+            sum += y * y;
+        }
     }
-    __shared__ double room[8];
-    room[threadIdx.x] = sum;
-    __syncwarp(0xff);
+    for (; i < last; i += LANES) {
+        double y = (double)get(values[i]);
+        sum += y * y;
+    }
+    __shared__ double lanes[STRANDS * LANES], strands[STRANDS];
+    lanes[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x < STRANDS) {
+        double total = 0.0;
+        for (u32 k = 0; k < LANES; k++) total += lanes[threadIdx.x * LANES + k];
+        strands[threadIdx.x] = total;
+    }
+    __syncthreads();
     if (threadIdx.x == 0) {
         double total = 0.0;
-        for (int k = 0; k < 8; k++) total += room[k];
+        for (u32 k = 0; k < STRANDS; k++) total += strands[k];
         sums[blockIdx.x] = total;
     }
 }
-extern "C" __global__ void __launch_bounds__(8) square_sum_float(const float* x, u64 n, u64 piece, double* sums) {
-    square_sum(x, n, piece, sums);
-}
-extern "C" __global__ void __launch_bounds__(8) square_sum_bf16(const bf16* x, u64 n, u64 piece, double* sums) {
-    square_sum(x, n, piece, sums);
-}
+#define SUMS(T)                                                                    \
+    extern "C" __global__ void __launch_bounds__(256)                              \
+        square_sum_##T(const T* x, u64 n, u64 strand, double* sums) {              \
+        square_sum(x, n, strand, sums);                                            \
+    }
+SUMS(float)
+SUMS(bf16)

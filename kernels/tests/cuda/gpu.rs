@@ -1,0 +1,191 @@
+//! What the tests run on: a device, buffers on it, random values, and how close is close.
+
+use forebay_kernels::cpu::{self, Workers};
+use forebay_kernels::cuda::ops::Queue;
+use forebay_kernels::cuda::{Element, Kernels, check, probe, sys};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+pub struct Gpu {
+    pub kernels: Kernels,
+    device: sys::CUdevice,
+    pub fault: Buffer,
+}
+
+/// Device memory of a test.
+pub struct Buffer {
+    pub address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    pub fn new(bytes: usize) -> Self {
+        let mut address = 0;
+        let done = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(16)) };
+        check("cuMemAlloc", done).unwrap();
+        // Whoever reads what was never written finds NaN.
+        let done = unsafe { sys::cuMemsetD8_v2(address, 0xff, bytes) };
+        check("cuMemsetD8", done).unwrap();
+        Self { address, bytes }
+    }
+
+    pub fn of<T: Copy>(values: &[T]) -> Self {
+        let all = Self::new(size_of_val(values));
+        let done = unsafe { sys::cuMemcpyHtoD_v2(all.address, values.as_ptr().cast(), all.bytes) };
+        check("cuMemcpyHtoD", done).unwrap();
+        all
+    }
+
+    pub fn get<T: Copy + Default>(&self) -> Vec<T> {
+        let mut values = vec![T::default(); self.bytes / size_of::<T>()];
+        let done = unsafe {
+            check("cuCtxSynchronize", sys::cuCtxSynchronize()).unwrap();
+            sys::cuMemcpyDtoH_v2(values.as_mut_ptr().cast(), self.address, self.bytes)
+        };
+        check("cuMemcpyDtoH", done).unwrap();
+        values
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        unsafe { sys::cuMemFree_v2(self.address) };
+    }
+}
+
+/// Values in the type under test, and what they are in f32.
+pub struct Values {
+    pub element: Element,
+    pub exact: Vec<f32>,
+}
+
+impl Values {
+    pub fn on_device(&self) -> Buffer {
+        match self.element {
+            Element::F32 => Buffer::of(&self.exact),
+            Element::Bf16 => {
+                let low: Vec<u16> = self
+                    .exact
+                    .iter()
+                    .map(|x| (x.to_bits() >> 16) as u16)
+                    .collect();
+                Buffer::of(&low)
+            }
+        }
+    }
+}
+
+pub fn floats(element: Element, buffer: &Buffer) -> Vec<f32> {
+    match element {
+        Element::F32 => buffer.get(),
+        Element::Bf16 => {
+            let low = buffer.get::<u16>();
+            low.iter()
+                .map(|x| f32::from_bits(u32::from(*x) << 16))
+                .collect()
+        }
+    }
+}
+
+pub struct Trial<'a> {
+    pub gpu: &'a Gpu,
+    pub element: Element,
+    pub workers: Workers,
+    pub random: ChaCha8Rng,
+}
+
+impl Trial<'_> {
+    pub fn queue(&self) -> Queue<'_> {
+        Queue {
+            kernels: &self.gpu.kernels,
+            stream: std::ptr::null_mut(),
+            element: self.element,
+        }
+    }
+
+    pub fn values(&mut self, n: usize, scale: f32) -> Values {
+        let element = self.element;
+        let exact = (0..n).map(|_| {
+            let x = self.random.random_range(-scale..scale);
+            match element {
+                Element::F32 => x,
+                Element::Bf16 => cpu::round_to_bf16(x).to_f32(),
+            }
+        });
+        let exact = exact.collect();
+        Values { element, exact }
+    }
+
+    pub fn room(&self, n: usize) -> Buffer {
+        Buffer::new(n * self.element.bytes())
+    }
+
+    /// ‖a-b‖/‖b‖ within what the type allows.
+    pub fn close(&self, what: &str, got: &[f32], wanted: &[f32]) {
+        self.within(
+            what,
+            got,
+            wanted,
+            match self.element {
+                Element::F32 => 3e-6,
+                Element::Bf16 => 4e-3,
+            },
+        );
+    }
+
+    pub fn within(&self, what: &str, got: &[f32], wanted: &[f32], limit: f64) {
+        assert_eq!(got.len(), wanted.len(), "{what}");
+        let (mut off, mut size) = (0.0f64, 0.0f64);
+        for (a, b) in got.iter().zip(wanted) {
+            off += (f64::from(*a) - f64::from(*b)).powi(2);
+            size += f64::from(*b).powi(2);
+        }
+        let error = (off / size.max(1e-30)).sqrt();
+        println!("{what} {:?}: {error:.1e}", self.element);
+        assert!(
+            error <= limit,
+            "{what} {:?}: {error:e} > {limit:e}",
+            self.element
+        );
+    }
+}
+
+/// Runs `test` in both types, or says that it did not.
+pub fn on_a_gpu(test: impl Fn(&mut Trial<'_>)) {
+    if let Err(error) = probe().and_then(|_| forebay_kernels::cuda::libraries()) {
+        assert!(std::env::var_os("FOREBAY_REQUIRE_GPU").is_none(), "{error}");
+        eprintln!("skipped: {error}");
+        return;
+    }
+    let (mut device, mut context) = (0, std::ptr::null_mut());
+    unsafe {
+        check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, 0)).unwrap();
+        let kept = sys::cuDevicePrimaryCtxRetain(&raw mut context, device);
+        check("cuDevicePrimaryCtxRetain", kept).unwrap();
+        check("cuCtxSetCurrent", sys::cuCtxSetCurrent(context)).unwrap();
+    }
+    let fault = Buffer::of(&[0u32; 4]);
+    let kernels = Kernels::new(device, fault.address).unwrap();
+    let gpu = Gpu {
+        kernels,
+        device,
+        fault,
+    };
+    let seed = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    for element in [Element::F32, Element::Bf16] {
+        println!("seed {seed}");
+        let workers =
+            Workers::new(std::thread::available_parallelism().unwrap().into(), "t").unwrap();
+        let random = ChaCha8Rng::seed_from_u64(seed);
+        test(&mut Trial {
+            gpu: &gpu,
+            element,
+            workers,
+            random,
+        });
+    }
+    assert_eq!(gpu.fault.get::<u32>()[0], 0, "no input was bad");
+    let device = gpu.device;
+    drop(gpu);
+    unsafe { sys::cuDevicePrimaryCtxRelease_v2(device) };
+}
