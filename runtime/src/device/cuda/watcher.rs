@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, unbounded};
-use forebay_kernels::cuda::{CudaError, check, sys};
+use forebay_kernels::cuda::{CudaError, check, elapsed, sys};
 
 use super::context::{Context, HostWord};
 use crate::queue::{Failure, Notifier};
@@ -152,9 +152,6 @@ fn wait(mark: Mark) -> Result<u64, CudaError> {
         let Some(start) = mark.start else {
             return Ok(0);
         };
-        let mut millis = 0.0f32;
-        let timed = sys::cuEventElapsedTime(&raw mut millis, start, mark.end);
-        check("cuEventElapsedTime", timed)?;
-        Ok((f64::from(millis) * 1e6) as u64)
+        Ok((f64::from(elapsed(start, mark.end)?) * 1e6) as u64)
     }
 }
