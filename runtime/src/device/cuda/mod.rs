@@ -302,12 +302,14 @@ impl Device for CudaDevice {
     }
 
     fn query(&self, event: Event) -> Result<bool> {
+        // Before the failure: what is done is done well only if there was none until then.
+        let reached = self.lanes[event.stream as usize].watcher.done() >= event.seq;
         match self.shared.failure() {
             Some(failure) => Err(Error::Device {
                 operation: failure.operation,
                 what: failure.what,
             }),
-            None => Ok(self.lanes[event.stream as usize].watcher.done() >= event.seq),
+            None => Ok(reached),
         }
     }
 

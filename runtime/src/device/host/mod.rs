@@ -169,6 +169,8 @@ impl Device for HostDevice {
     }
 
     fn query(&self, event: Event) -> Result<bool> {
+        // Before the failures: what is done is done well only if there was none until then.
+        let reached = self.streams[event.stream as usize].reached(event.seq);
         for stream in &self.streams {
             if let Some(failure) = stream.failure() {
                 return Err(Error::Device {
@@ -177,7 +179,7 @@ impl Device for HostDevice {
                 });
             }
         }
-        Ok(self.streams[event.stream as usize].reached(event.seq))
+        Ok(reached)
     }
 
     fn drain(&self) {
