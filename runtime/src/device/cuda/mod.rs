@@ -150,7 +150,10 @@ impl Lane {
         };
         // SAFETY: an event and a stream of this device.
         let recorded = unsafe { sys::cuEventRecord(event, self.stream) };
-        check("cuEventRecord", recorded).map_err(|e| e.to_string())?;
+        if let Err(error) = check("cuEventRecord", recorded) {
+            self.spare.push(event);
+            return Err(error.to_string());
+        }
         Ok(event)
     }
 
@@ -167,10 +170,11 @@ impl Lane {
         if self.marked == self.queued {
             return Ok(());
         }
+        let end = self.record()?;
         let mark = Mark {
             seq: self.queued,
             start: self.start.take(),
-            end: self.record()?,
+            end,
         };
         self.marked = self.queued;
         self.pending.push_back(mark);
