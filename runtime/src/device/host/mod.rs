@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_kernels::cpu::Workers;
+use forebay_pinned::Arena;
 
 use super::{Device, Event, Span, Stream};
 use crate::Bytes;
@@ -71,7 +72,7 @@ impl Device for HostDevice {
         }
     }
 
-    unsafe fn pin(&mut self, _: *mut u8, _: u64) -> Result<()> {
+    fn pin(&mut self, _: &Arena) -> Result<()> {
         Ok(())
     }
 
