@@ -2,14 +2,15 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::call::{Needs, Place, call, code};
+use crate::call::{Done, Needs, Place, call, code};
 use crate::kernels::{bf16, from_bf16};
-use crate::machine::{Fault, machine};
+use crate::machine::{Fault, State, machine};
 use crate::memory;
 
 const F32: i32 = 0;
 const BF16: i32 = 14;
 const INVALID: i32 = 7;
+const EXECUTION_FAILED: i32 = 13;
 const NOT_SUPPORTED: i32 = 15;
 
 /// Handles, layouts, descriptors and preferences that were made and not destroyed.
@@ -46,6 +47,14 @@ struct Heuristic {
     reserved: [i32; 4],
 }
 
+/// As `call`, with answers that are statuses of cuBLASLt: a lost device is a failed execution.
+fn blas(name: &'static str, needs: Needs, body: impl FnOnce(&mut State) -> Done) -> i32 {
+    match call(name, needs, body) {
+        refused if refused > NOT_SUPPORTED + 1 => EXECUTION_FAILED,
+        status => status,
+    }
+}
+
 fn make<T>(place: &Place<*mut T>, value: T) -> Result<(), i32> {
     OBJECTS.fetch_add(1, Ordering::Relaxed);
     place.set(Box::into_raw(Box::new(value)))
@@ -54,7 +63,7 @@ fn make<T>(place: &Place<*mut T>, value: T) -> Result<(), i32> {
 /// # Safety
 /// `value` was made by `make` and is destroyed once.
 unsafe fn destroy<T>(name: &'static str, value: *mut T) -> i32 {
-    call(name, Needs::Nothing, |_| {
+    blas(name, Needs::Nothing, |_| {
         OBJECTS.fetch_sub(1, Ordering::Relaxed);
         // SAFETY: by the contract above.
         drop(unsafe { Box::from_raw(value) });
@@ -64,7 +73,7 @@ unsafe fn destroy<T>(name: &'static str, value: *mut T) -> i32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cublasLtCreate(handle: Place<*mut u64>) -> i32 {
-    call("cublasLtCreate", Needs::Device, |_| make(&handle, 0))
+    blas("cublasLtCreate", Needs::Device, |_| make(&handle, 0))
 }
 
 #[unsafe(no_mangle)]
@@ -81,7 +90,7 @@ extern "C" fn cublasLtMatrixLayoutCreate(
     cols: u64,
     pitch: i64,
 ) -> i32 {
-    call("cublasLtMatrixLayoutCreate", Needs::Nothing, |_| {
+    blas("cublasLtMatrixLayoutCreate", Needs::Nothing, |_| {
         if ![F32, BF16].contains(&kind) || pitch < rows as i64 {
             return Err(INVALID);
         }
@@ -105,7 +114,7 @@ extern "C" fn cublasLtMatrixLayoutDestroy(layout: *mut Matrix) -> i32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cublasLtMatmulDescCreate(desc: Place<*mut Product>, _: i32, scale: i32) -> i32 {
-    call("cublasLtMatmulDescCreate", Needs::Nothing, |_| {
+    blas("cublasLtMatmulDescCreate", Needs::Nothing, |_| {
         if scale != F32 {
             return Err(INVALID);
         }
@@ -126,7 +135,7 @@ extern "C" fn cublasLtMatmulDescSetAttribute(
     value: *const i32,
     bytes: usize,
 ) -> i32 {
-    call("cublasLtMatmulDescSetAttribute", Needs::Nothing, |_| {
+    blas("cublasLtMatmulDescSetAttribute", Needs::Nothing, |_| {
         // Transposition of the left side and of the right one; nothing else is understood.
         let side = match which {
             3 => 0,
@@ -144,7 +153,7 @@ extern "C" fn cublasLtMatmulDescSetAttribute(
 
 #[unsafe(no_mangle)]
 extern "C" fn cublasLtMatmulPreferenceCreate(preference: Place<*mut u64>) -> i32 {
-    call("cublasLtMatmulPreferenceCreate", Needs::Nothing, |_| {
+    blas("cublasLtMatmulPreferenceCreate", Needs::Nothing, |_| {
         make(&preference, 0)
     })
 }
@@ -182,7 +191,7 @@ extern "C" fn cublasLtMatmulAlgoGetHeuristic(
     found: Place<Heuristic>,
     count: Place<i32>,
 ) -> i32 {
-    call("cublasLtMatmulAlgoGetHeuristic", Needs::Device, |_| {
+    blas("cublasLtMatmulAlgoGetHeuristic", Needs::Device, |_| {
         // SAFETY: the contract of the call: descriptors that were made.
         let (desc, a, b, d) = unsafe { (*desc, *a, *b, *d) };
         sizes(desc, a, b, d)?;
@@ -230,7 +239,7 @@ extern "C" fn cublasLtMatmul(
     room_bytes: usize,
     stream: u64,
 ) -> i32 {
-    call("cublasLtMatmul", Needs::Context, |state| {
+    blas("cublasLtMatmul", Needs::Context, |state| {
         // SAFETY: the contract of the call: descriptors that were made, an algorithm that was found, two
         // numbers in host memory.
         let (desc, layouts, alpha, beta, algorithm) = unsafe {

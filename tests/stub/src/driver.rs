@@ -205,12 +205,7 @@ blocking! {
 /// Waits for all that is queued, as the driver does; on a lost device frees at once.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFree_v2(address: u64) -> i32 {
-    let asked = call("cuMemFree_v2", Needs::Nothing, |state| {
-        if !state.all_empty() {
-            state.violation("device memory is freed with work queued");
-        }
-        Ok(())
-    });
+    let asked = call("cuMemFree_v2", Needs::Nothing, |_| Ok(()));
     if asked != 0 {
         return asked;
     }

@@ -135,23 +135,28 @@ fn arguments(text: &str) -> Option<(Vec<String>, &str)> {
     None
 }
 
+/// The first word, or what is before it.
+fn first_word(text: &str) -> Option<&str> {
+    let kind = is_word(text.chars().next()?);
+    let end = text.find(|c| is_word(c) != kind);
+    Some(&text[..end.unwrap_or(text.len())])
+}
+
 /// Words and what is between them.
 fn words(text: &str) -> Vec<&str> {
-    let mut words = Vec::new();
     let mut rest = text;
-    while let Some(first) = rest.chars().next() {
-        let kind = is_word(first);
-        let end = rest.find(|c| is_word(c) != kind).unwrap_or(rest.len());
-        words.push(&rest[..end]);
-        rest = &rest[end..];
-    }
-    words
+    let next = || {
+        let word = first_word(rest)?;
+        rest = &rest[word.len()..];
+        Some(word)
+    };
+    std::iter::from_fn(next).collect()
 }
 
 fn expand(line: &str, macros: &[Macro]) -> String {
     let mut out = String::new();
     let mut rest = line;
-    while let Some(word) = words(rest).first().copied() {
+    while let Some(word) = first_word(rest) {
         rest = &rest[word.len()..];
         let known = macros.iter().find(|m| m.name == word);
         match known.and_then(|m| Some((m, arguments(rest)?))) {
@@ -206,7 +211,7 @@ fn structs(text: &str) -> Vec<(String, Fields)> {
 fn kernel(rest: &str, structs: &[(String, Fields)]) -> Option<Signature> {
     let mut rest = rest.trim_start();
     loop {
-        let word = words(rest).first().copied()?;
+        let word = first_word(rest)?;
         if !word.chars().all(is_word) {
             return None;
         }

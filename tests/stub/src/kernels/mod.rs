@@ -15,7 +15,7 @@ use crate::source::Signature;
 
 type Kernel = fn(&Call<'_>) -> Result<()>;
 
-const TABLE: [(&str, Kernel); 22] = [
+const TABLE: [(&str, Kernel); 23] = [
     ("adamw", optimizer::adamw),
     ("add", decoder::add),
     ("attention", attention::forward),
@@ -29,6 +29,7 @@ const TABLE: [(&str, Kernel); 22] = [
     ("embedding", decoder::embedding),
     ("embedding_backward", decoder::embedding_backward),
     ("embedding_chains", decoder::embedding_chains),
+    ("poison", poison),
     ("rms_norm", decoder::rms_norm),
     ("rms_norm_backward", decoder::rms_norm_backward),
     ("rope", decoder::rope),
@@ -77,6 +78,11 @@ fn slow_increment(call: &Call<'_>) -> Result<()> {
     ));
     let x = call.floats("x", 0, n)?;
     call.put("x", 0, &x.iter().map(|x| x + 1.0).collect::<Vec<_>>())
+}
+
+/// Of the tests of skipped steps.
+fn poison(call: &Call<'_>) -> Result<()> {
+    call.put("x", 0, &[f32::INFINITY])
 }
 
 fn trap(call: &Call<'_>) -> Result<()> {
