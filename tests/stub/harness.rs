@@ -24,11 +24,15 @@ pub(crate) fn run(
     settings: &[(&str, &str)],
 ) -> Result<(), String> {
     let folder = tempfile::tempdir().unwrap();
+    // With and without versions: where CUDA's own are installed, none of them may be found instead.
     for name in [
+        "libcuda.so",
         "libcuda.so.1",
+        "libnvrtc.so",
+        "libcublasLt.so",
         "libnvrtc.so.13",
         "libcublasLt.so.13",
-        "libnvrtc-builtins.so.13",
+        "libnvrtc-builtins.so.13.0",
     ] {
         std::os::unix::fs::symlink(library(), folder.path().join(name)).unwrap();
     }
