@@ -165,6 +165,42 @@ pub fn versions() -> Option<[String; 2]> {
 /// A library that is never unloaded: cudarc finds it by its name from now on.
 type Kept = std::mem::ManuallyDrop<libloading::Library>;
 
+/// Milliseconds from one event to another.
+///
+/// cudarc's names are those of CUDA 13, whose libraries it then finds; of what is called here only this
+/// function is named otherwise in older drivers, and all have the old name.
+///
+/// # Errors
+/// The driver's refusals.
+///
+/// # Safety
+/// Events of the current context.
+pub unsafe fn elapsed(start: sys::CUevent, end: sys::CUevent) -> Result<f32, CudaError> {
+    type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+    static ELAPSED: OnceLock<Option<Elapsed>> = OnceLock::new();
+    let found = ELAPSED.get_or_init(|| {
+        // SAFETY: the driver's library, which is loaded and stays; a function of this type in all of
+        // its versions.
+        unsafe {
+            let driver = libloading::Library::new("libcuda.so.1").ok()?;
+            let function = driver.get::<Elapsed>(b"cuEventElapsedTime").ok()?;
+            let function = *function;
+            std::mem::forget(driver);
+            Some(function)
+        }
+    });
+    let Some(function) = found else {
+        let why = "the CUDA driver has no cuEventElapsedTime".to_owned();
+        return Err(CudaError::NoDevice(why));
+    };
+    let mut millis = 0.0;
+    // SAFETY: a valid place, and events by the contract above.
+    check("cuEventElapsedTime", unsafe {
+        function(&raw mut millis, start, end)
+    })?;
+    Ok(millis)
+}
+
 fn open(name: impl AsRef<std::ffi::OsStr>) -> Result<Kept, String> {
     // SAFETY: a library of the system's own; its initializers are trusted as the linker would.
     match unsafe { libloading::Library::new(name.as_ref()) } {

@@ -37,9 +37,37 @@ pub(super) struct Product {
     pub(super) add: bool,
 }
 
+/// What a product is described by; a plan that fails half way gives back what it has.
+struct Descriptor(sys::cublasLtMatmulDesc_t);
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        // SAFETY: made by `plan`, destroyed once.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: made by `plan`, destroyed once.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: made by `plan`, destroyed once.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
 struct Planned {
-    desc: sys::cublasLtMatmulDesc_t,
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    desc: Descriptor,
+    layouts: [Layout; 3],
     algo: sys::cublasLtMatmulAlgo_t,
 }
 
@@ -98,7 +126,7 @@ impl Blas {
                 cols as u64,
                 pitch as i64,
             );
-            made.map_err(error())
+            made.map(Layout).map_err(error())
         };
         let layouts = [
             layout(p.element, b, p.pitch.1)?,
@@ -108,7 +136,8 @@ impl Blas {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let desc =
             result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(error())?;
-        let preference = result::create_matmul_pref().map_err(error())?;
+        let desc = Descriptor(desc);
+        let preference = Preference(result::create_matmul_pref().map_err(error())?);
         // SAFETY: descriptors that were just made, and values as long as is said.
         let algo = unsafe {
             for (which, flip) in [
@@ -116,11 +145,12 @@ impl Blas {
                 (Desc::CUBLASLT_MATMUL_DESC_TRANSB, p.transposed.0),
             ] {
                 let value = i32::from(flip);
-                result::set_matmul_desc_attribute(desc, which, (&raw const value).cast(), 4)
+                result::set_matmul_desc_attribute(desc.0, which, (&raw const value).cast(), 4)
                     .map_err(error())?;
             }
             let set = |which, value: *const c_void, bytes| {
-                result::set_matmul_pref_attribute(preference, which, value, bytes).map_err(error())
+                result::set_matmul_pref_attribute(preference.0, which, value, bytes)
+                    .map_err(error())
             };
             let room = workspace(p.size);
             set(
@@ -150,14 +180,13 @@ impl Blas {
             }
             let found = result::get_matmul_algo_heuristic(
                 self.handle,
-                desc,
-                layouts[0],
-                layouts[1],
-                layouts[2],
-                layouts[2],
-                preference,
+                desc.0,
+                layouts[0].0,
+                layouts[1].0,
+                layouts[2].0,
+                layouts[2].0,
+                preference.0,
             );
-            let _ = result::destroy_matmul_pref(preference);
             found.map_err(error())?.algo
         };
         Ok(Planned {
@@ -195,17 +224,17 @@ impl Kernels {
         let done = unsafe {
             result::matmul(
                 self.blas.handle,
-                plan.desc,
+                plan.desc.0,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
                 b as *const c_void,
-                plan.layouts[0],
+                plan.layouts[0].0,
                 a as *const c_void,
-                plan.layouts[1],
+                plan.layouts[1].0,
                 d as *const c_void,
-                plan.layouts[2],
+                plan.layouts[2].0,
                 d as *mut c_void,
-                plan.layouts[2],
+                plan.layouts[2].0,
                 &raw const plan.algo,
                 room as *mut c_void,
                 workspace(product.size),
@@ -218,15 +247,7 @@ impl Kernels {
 
 impl Drop for Blas {
     fn drop(&mut self) {
-        for (_, plan) in self.plans.borrow_mut().drain() {
-            // SAFETY: made by `plan`, each destroyed once.
-            unsafe {
-                let _ = result::destroy_matmul_desc(plan.desc);
-                for layout in plan.layouts {
-                    let _ = result::destroy_matrix_layout(layout);
-                }
-            }
-        }
+        self.plans.borrow_mut().clear();
         // SAFETY: made by `new`.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }

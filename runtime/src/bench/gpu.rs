@@ -3,7 +3,7 @@
 
 use std::rc::Rc;
 
-use forebay_kernels::cuda::{CudaError, check, sys};
+use forebay_kernels::cuda::{CudaError, check, elapsed, sys};
 
 /// The primary context of the first device, kept, and current on the thread that took it.
 pub(super) struct Gpu {
@@ -159,10 +159,9 @@ pub(super) struct Moment(sys::CUevent);
 impl Moment {
     /// Seconds from an earlier one, once both have come.
     pub(super) fn since(&self, earlier: &Self) -> Result<f64, CudaError> {
-        let mut millis = 0.0f32;
-        // SAFETY: a valid place; both were recorded.
-        let done = unsafe { sys::cuEventElapsedTime(&raw mut millis, earlier.0, self.0) };
-        check("cuEventElapsedTime", done).map(|()| f64::from(millis) * 1e-3)
+        // SAFETY: both were recorded, in the context that is kept.
+        let millis = unsafe { elapsed(earlier.0, self.0)? };
+        Ok(f64::from(millis) * 1e-3)
     }
 }
 

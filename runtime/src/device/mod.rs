@@ -10,6 +10,8 @@ pub(crate) mod host;
 use std::sync::Arc;
 use std::time::Duration;
 
+use forebay_pinned::Arena;
+
 use crate::error::Result;
 use crate::operation::Launch;
 use crate::queue::Notifier;
@@ -70,10 +72,8 @@ pub(crate) trait Device: Send {
     fn memory(&self) -> Span;
 
     /// Makes page-locked memory known to the device, so that copies from and to it run by themselves.
-    ///
-    /// # Safety
-    /// The memory stays mapped as long as the device lives.
-    unsafe fn pin(&mut self, base: *mut u8, bytes: u64) -> Result<()>;
+    /// A device that ends without an answer keeps it mapped for good.
+    fn pin(&mut self, arena: &Arena) -> Result<()>;
 
     /// Queues a copy into device memory on `stream` and returns the event of its end.
     ///
@@ -120,7 +120,8 @@ pub(crate) trait Device: Send {
     /// [`crate::Error::Device`], from the first failure on for ever (a lost device is sticky).
     fn query(&self, event: Event) -> Result<bool>;
 
-    /// Blocks until all streams are empty. Returns on a failed device too.
+    /// Blocks until all streams are empty. Returns on a failed device too, and on one that does not
+    /// answer for a while: what that one may still touch is kept for good when it is dropped.
     fn drain(&self);
 
     /// What operations run on, for the sizes of workspaces.

@@ -257,3 +257,22 @@ fn a_copy_outside_the_budget_never_starts() {
     // SAFETY: it panics before anything is touched.
     unsafe { device.copy_in(Stream::H2d, beyond, [0u8; 8].as_ptr()) };
 }
+
+#[path = "../../../tests/stub/harness.rs"]
+mod harness;
+
+/// All of the above, on the `cuda` device, with no GPU: on a stub of CUDA, in many legal orders.
+#[test]
+fn the_stub_of_cuda_conforms_in_every_order_and_a_broken_one_does_not() {
+    let own = "the_stub_of_cuda";
+    let run = |settings: &[(&str, &str)]| harness::run("device::tests::", Some(own), settings);
+    let seeds = std::env::var("FOREBAY_STUB_SEEDS").map_or(8, |n| n.parse().unwrap());
+    for seed in 0..seeds {
+        run(&[("FOREBAY_STUB_SEED", &seed.to_string())]).unwrap();
+    }
+    for defect in ["FOREBAY_STUB_IGNORE_WAITS", "FOREBAY_STUB_EARLY_EVENTS"] {
+        let seeds = (0..5).map(|seed: u32| seed.to_string());
+        let noticed = |seed: String| run(&[(defect, "1"), ("FOREBAY_STUB_SEED", &seed)]).is_err();
+        assert!(seeds.into_iter().any(noticed), "{defect} goes unnoticed");
+    }
+}

@@ -280,12 +280,14 @@ impl Engine {
     }
 
     pub(super) fn lane_reached(&self, seq: Seq) -> Result<bool> {
+        // Before the failure, as devices do.
+        let reached = self.lane.reached(seq);
         match self.lane.failure() {
             Some(f) => Err(Error::Device {
                 operation: f.operation,
                 what: f.what,
             }),
-            None => Ok(self.lane.reached(seq)),
+            None => Ok(reached),
         }
     }
 

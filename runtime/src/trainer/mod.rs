@@ -122,8 +122,7 @@ impl Trainer {
         let notifier = Arc::new(Notifier::default());
         let arena = Arena::new(placement.pinned_bytes())?;
         let mut device = device::open(target, placement.device_bytes(), &notifier)?;
-        // SAFETY: the device goes before the arena, here and in the engine.
-        unsafe { device.pin(arena.base(), arena.capacity())? };
+        device.pin(&arena)?;
         let places = Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
         let open = if resume { Store::open } else { Store::create };
         let store = open(&arena, &store_layout, &store_options)?;

@@ -252,6 +252,23 @@ fn sized(way: Way, size: u64, bare: &mut Bare) -> Result<Batch> {
     Ok(batch)
 }
 
+/// Bare copies to a GPU and from it, bytes per second: the best of a few of 32 MiB each.
+pub(crate) fn gpu_rates() -> Result<(f64, f64)> {
+    const WINDOW: u64 = 32 << 20;
+    let mut bare = Bare::cuda(WINDOW)?;
+    let mut best = |way| -> Result<f64> {
+        let (size, copies) = (WINDOW, 4);
+        let batch = Batch { way, size, copies };
+        let mut rate = 0.0f64;
+        for _ in 0..4 {
+            // SAFETY: there are no places of the host device's.
+            rate = rate.max(unsafe { bare.slice(batch)? }.rate());
+        }
+        Ok(rate)
+    };
+    Ok((best(Way::H2d)?, best(Way::D2h)?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -278,21 +295,4 @@ mod tests {
         let error = fitting(host, &[1 << 60]).unwrap_err().to_string();
         assert!(error.contains("no size fits"), "{error}");
     }
-}
-
-/// Bare copies to a GPU and from it, bytes per second: the best of a few of 32 MiB each.
-pub(crate) fn gpu_rates() -> Result<(f64, f64)> {
-    const WINDOW: u64 = 32 << 20;
-    let mut bare = Bare::cuda(WINDOW)?;
-    let mut best = |way| -> Result<f64> {
-        let (size, copies) = (WINDOW, 4);
-        let batch = Batch { way, size, copies };
-        let mut rate = 0.0f64;
-        for _ in 0..4 {
-            // SAFETY: there are no places of the host device's.
-            rate = rate.max(unsafe { bare.slice(batch)? }.rate());
-        }
-        Ok(rate)
-    };
-    Ok((best(Way::H2d)?, best(Way::D2h)?))
 }

@@ -20,8 +20,6 @@ pub(super) struct Ours {
     pub(super) device: Box<dyn Device>,
     slabs: [Slab; 2],
     pub(super) arena: Arena,
-    /// Further ones that the device knows.
-    others: Vec<Arena>,
     pub(super) notifier: Arc<Notifier>,
     window: u64,
 }
@@ -31,13 +29,11 @@ impl Ours {
         let notifier = Arc::new(Notifier::default());
         let mut device = open(target, 2 * window, &notifier)?;
         let arena = Arena::new(2 * window)?;
-        // SAFETY: `Ours` drops the device before the arena.
-        unsafe { device.pin(arena.base(), arena.capacity())? };
+        device.pin(&arena)?;
         let mut all = Self {
             slabs: [arena.lease(window)?, arena.lease(window)?],
             device,
             arena,
-            others: Vec::new(),
             notifier,
             window,
         };
@@ -95,9 +91,7 @@ impl Ours {
     /// Another arena, pinned.
     pub(super) fn pin(&mut self, bytes: u64) -> Result<Arena> {
         let arena = Arena::new(bytes)?;
-        self.others.push(arena.clone());
-        // SAFETY: `Ours` drops the device before its arenas.
-        unsafe { self.device.pin(arena.base(), arena.capacity())? };
+        self.device.pin(&arena)?;
         Ok(arena)
     }
 

@@ -109,22 +109,23 @@ unsafe impl Sync for HostWord {}
 
 impl HostWord {
     pub(super) fn new() -> Result<Self, CudaError> {
-        let (mut host, mut device) = (std::ptr::null_mut(), 0);
+        let mut host = std::ptr::null_mut();
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: valid places, in the current context; the word is written before it is shared.
         unsafe {
-            check(
-                "cuMemHostAlloc",
-                sys::cuMemHostAlloc(&raw mut host, 64, flags),
-            )?;
+            let allocated = sys::cuMemHostAlloc(&raw mut host, 64, flags);
+            check("cuMemHostAlloc", allocated)?;
             host.cast::<u32>().write(0);
-            let mapped = sys::cuMemHostGetDevicePointer_v2(&raw mut device, host, 0);
-            check("cuMemHostGetDevicePointer", mapped)?;
         }
-        Ok(Self {
+        // From here on it is given back.
+        let mut word = Self {
             host: host.cast(),
-            device,
-        })
+            device: 0,
+        };
+        // SAFETY: a valid place, and memory that was just allocated to be mapped.
+        let mapped = unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut word.device, host, 0) };
+        check("cuMemHostGetDevicePointer", mapped)?;
+        Ok(word)
     }
 
     pub(super) fn on_device(&self) -> u64 {

@@ -5,12 +5,18 @@
 //! an event is recorded behind it (a *mark*), and a thread for each stream waits for the marks in
 //! turn, counts them as done and wakes the engine: asking is reading a number. The first failure
 //! sticks, whoever meets it.
+//!
+//! A device that reaches no mark for two minutes while one is waited for has failed too. What it may still
+//! touch is then kept for good, and that is said. `FOREBAY_DEVICE_PATIENCE` gives it more or less, in
+//! seconds.
 
 use std::collections::VecDeque;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forebay_kernels::cuda::{Kernels, check, probe, sys};
+use forebay_pinned::Arena;
 
 use super::{Device, Event, Span, Stream};
 use crate::Bytes;
@@ -25,14 +31,17 @@ mod watcher;
 use context::{Context, HostWord, Memory};
 use watcher::{Mark, Shared, Watcher};
 
+/// How long a device may be silent: no stage of a model takes so long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// See the module.
 pub(crate) struct CudaDevice {
     lanes: [Lane; 3],
     shared: Arc<Shared>,
-    kernels: Kernels,
-    memory: Memory,
-    pinned: Vec<*mut u8>,
-    _fault: Arc<HostWord>,
+    kernels: ManuallyDrop<Kernels>,
+    memory: ManuallyDrop<Memory>,
+    pinned: Vec<Arena>,
+    fault: Arc<HostWord>,
     // The last to go.
     context: Arc<Context>,
 }
@@ -56,6 +65,9 @@ struct Lane {
     pending: VecDeque<Mark>,
     spare: Vec<sys::CUevent>,
     watcher: Watcher,
+    shared: Arc<Shared>,
+    /// Its device does not answer: nothing of it can be taken back.
+    abandoned: bool,
 }
 
 impl CudaDevice {
@@ -73,14 +85,17 @@ impl CudaDevice {
             ),
         })?;
         let kernels = Kernels::new(context.device(), fault.on_device()).map_err(refused)?;
-        let shared = Arc::new(Shared::new(Arc::clone(&fault), Arc::clone(notifier)));
+        let patience = patience()?;
+        let shared = Shared::new(patience, Arc::clone(&fault), Arc::clone(notifier));
+        let shared = Arc::new(shared);
         let lane = |name: &str| -> Result<Lane> {
+            let watcher = Watcher::new(name, Arc::clone(&context), Arc::clone(&shared));
+            let watcher = watcher.map_err(Error::system("starting a thread of the device"))?;
             let mut stream = std::ptr::null_mut();
             let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             // SAFETY: a valid place, in the current context.
             let made = unsafe { sys::cuStreamCreate(&raw mut stream, flags) };
             check("cuStreamCreate", made).map_err(refused)?;
-            let watcher = Watcher::new(name, Arc::clone(&context), Arc::clone(&shared));
             Ok(Lane {
                 stream,
                 queued: 0,
@@ -89,16 +104,18 @@ impl CudaDevice {
                 waits: false,
                 pending: VecDeque::with_capacity(256),
                 spare: Vec::new(),
-                watcher: watcher.map_err(Error::system("starting a thread of the device"))?,
+                watcher,
+                shared: Arc::clone(&shared),
+                abandoned: false,
             })
         };
         Ok(Self {
             lanes: [lane("fb-compute")?, lane("fb-h2d")?, lane("fb-d2h")?],
             shared,
-            kernels,
-            memory,
+            kernels: ManuallyDrop::new(kernels),
+            memory: ManuallyDrop::new(memory),
             pinned: Vec::new(),
-            _fault: fault,
+            fault,
             context,
         })
     }
@@ -168,7 +185,10 @@ impl Lane {
         };
         // SAFETY: an event and a stream of this device.
         let recorded = unsafe { sys::cuEventRecord(event, self.stream) };
-        check("cuEventRecord", recorded).map_err(|e| e.to_string())?;
+        if let Err(error) = check("cuEventRecord", recorded) {
+            self.spare.push(event);
+            return Err(error.to_string());
+        }
         Ok(event)
     }
 
@@ -184,13 +204,17 @@ impl Lane {
         if self.marked == self.queued {
             return Ok(());
         }
+        let end = self.record()?;
         let mark = Mark {
             seq: self.queued,
             start: self.start.take(),
-            end: self.record()?,
+            end,
             lent: false,
         };
         self.marked = self.queued;
+        if self.pending.is_empty() {
+            self.shared.heard();
+        }
         self.pending.push_back(mark);
         self.watcher.expect(mark);
         Ok(())
@@ -206,11 +230,12 @@ impl Device for CudaDevice {
         self.memory.span()
     }
 
-    unsafe fn pin(&mut self, base: *mut u8, bytes: u64) -> Result<()> {
+    fn pin(&mut self, arena: &Arena) -> Result<()> {
         self.context.bind();
+        let (base, bytes) = (arena.base(), arena.capacity());
         // Mapped, so that kernels can read it; known to every context; never write-combined.
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
-        // SAFETY: mapped memory, as long as the device lives (contract of `pin`).
+        // SAFETY: mapped memory, kept until it is unregistered.
         let done = unsafe { sys::cuMemHostRegister_v2(base.cast(), bytes as usize, flags) };
         check("cuMemHostRegister", done).map_err(|error| Error::NoDevice {
             wanted: "cuda",
@@ -219,7 +244,7 @@ impl Device for CudaDevice {
                 Bytes(bytes)
             ),
         })?;
-        self.pinned.push(base);
+        self.pinned.push(arena.clone());
         Ok(())
     }
 
@@ -321,22 +346,22 @@ impl Device for CudaDevice {
     }
 
     fn query(&self, event: Event) -> Result<bool> {
+        // Before the failure: what is done is done well only if there was none until then.
+        let reached = self.lanes[event.stream as usize].watcher.done() >= event.seq;
+        if !reached {
+            self.shared.silent(None);
+        }
         match self.shared.failure() {
             Some(failure) => Err(Error::Device {
                 operation: failure.operation,
                 what: failure.what,
             }),
-            None => Ok(self.lanes[event.stream as usize].watcher.done() >= event.seq),
+            None => Ok(reached),
         }
     }
 
     fn drain(&self) {
-        self.context.bind();
-        for lane in &self.lanes {
-            // SAFETY: a stream of this device. A device that is lost refuses at once, and touches
-            // nothing any more.
-            let _ = unsafe { sys::cuStreamSynchronize(lane.stream) };
-        }
+        self.ended();
     }
 
     fn target(&self) -> Target {
@@ -348,25 +373,92 @@ impl Device for CudaDevice {
     }
 }
 
+impl CudaDevice {
+    /// Waits until all streams are empty; false for a device that does not answer.
+    fn ended(&self) -> bool {
+        self.context.bind();
+        let start = Instant::now();
+        let ready = |lane: &Lane| {
+            // SAFETY: a stream of this device. A device that is lost refuses at once, and touches
+            // nothing any more.
+            let asked = unsafe { sys::cuStreamQuery(lane.stream) };
+            asked != sys::CUresult::CUDA_ERROR_NOT_READY
+        };
+        let mut nap = Duration::from_micros(20);
+        while !self.lanes.iter().all(ready) {
+            if self.shared.silent(Some(start)) {
+                return false;
+            }
+            std::thread::sleep(nap);
+            nap = (nap * 2).min(Duration::from_millis(1));
+        }
+        true
+    }
+
+    /// Keeps all that the device may still touch, until the process ends.
+    fn abandon(&mut self) {
+        eprintln!(
+            "forebay: the GPU did not answer for {:?}; its memory and what it may touch of the \
+             host's are left to it until the process ends",
+            self.shared.patience()
+        );
+        for lane in &mut self.lanes {
+            lane.abandoned = true;
+            lane.watcher.abandon();
+        }
+        self.pinned.drain(..).for_each(std::mem::forget);
+        std::mem::forget(Arc::clone(&self.fault));
+        std::mem::forget(Arc::clone(&self.context));
+    }
+}
+
 impl Drop for CudaDevice {
     fn drop(&mut self) {
-        self.drain();
-        for lane in &mut self.lanes {
-            lane.watcher.end();
-            let events = lane.pending.drain(..).flat_map(Mark::own);
-            let events = events.chain([lane.start.take()]).flatten();
-            for event in events.chain(lane.spare.drain(..)) {
-                // SAFETY: made by `record`, used by nobody any more.
-                let _ = unsafe { sys::cuEventDestroy_v2(event) };
-            }
-            // SAFETY: made by `new`, empty.
-            let _ = unsafe { sys::cuStreamDestroy_v2(lane.stream) };
+        if !self.ended() {
+            self.abandon();
+            return;
         }
-        for base in self.pinned.drain(..) {
-            // SAFETY: registered by `pin`, still mapped (its contract).
-            let _ = unsafe { sys::cuMemHostUnregister(base.cast()) };
+        for arena in self.pinned.drain(..) {
+            // SAFETY: registered by `pin`, still mapped, used by no stream.
+            let _ = unsafe { sys::cuMemHostUnregister(arena.base().cast()) };
+        }
+        // SAFETY: dropped here and nowhere else; the streams are empty.
+        unsafe {
+            ManuallyDrop::drop(&mut self.kernels);
+            ManuallyDrop::drop(&mut self.memory);
         }
     }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        if self.abandoned {
+            return;
+        }
+        // It is empty, so every mark is reached.
+        self.watcher.end();
+        let events = self.pending.drain(..).flat_map(Mark::own);
+        let events = events.chain([self.start.take()]).flatten();
+        for event in events.chain(self.spare.drain(..)) {
+            // SAFETY: made by `record`, used by nobody any more.
+            let _ = unsafe { sys::cuEventDestroy_v2(event) };
+        }
+        // SAFETY: made by `new`.
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+    }
+}
+
+/// How long this process lets a device be silent.
+fn patience() -> Result<Duration> {
+    let Ok(text) = std::env::var("FOREBAY_DEVICE_PATIENCE") else {
+        return Ok(PATIENCE);
+    };
+    let seconds = text.parse().ok().filter(|s: &f64| *s > 0.0);
+    let patience = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
+    patience.ok_or_else(|| {
+        let what = format!("FOREBAY_DEVICE_PATIENCE: '{text}' is not a number of seconds");
+        Error::Misuse(what)
+    })
 }
 
 fn refused(error: forebay_kernels::cuda::CudaError) -> Error {

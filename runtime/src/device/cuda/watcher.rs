@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, unbounded};
-use forebay_kernels::cuda::{CudaError, check, sys};
+use forebay_kernels::cuda::{CudaError, check, elapsed, sys};
 
 use super::context::{Context, HostWord};
 use crate::queue::{Failure, Notifier};
@@ -32,8 +32,14 @@ impl Mark {
 // SAFETY: events belong to a context, not to a thread.
 unsafe impl Send for Mark {}
 
-/// What the threads and the device share: the first failure, and who is woken.
+/// What the threads and the device share: the first failure, when the device last answered, and who
+/// is woken.
 pub(super) struct Shared {
+    patience: Duration,
+    began: Instant,
+    /// When a mark was reached, or work began on an idle stream, in nanoseconds since `began`.
+    heard_ns: AtomicU64,
+    given_up: AtomicBool,
     failed: AtomicBool,
     failure: Mutex<Option<Failure>>,
     fault: Arc<HostWord>,
@@ -41,13 +47,46 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(fault: Arc<HostWord>, notifier: Arc<Notifier>) -> Self {
+    pub(super) fn new(patience: Duration, fault: Arc<HostWord>, notifier: Arc<Notifier>) -> Self {
         Self {
+            patience,
+            began: Instant::now(),
+            heard_ns: AtomicU64::new(0),
+            given_up: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             fault,
             notifier,
         }
+    }
+
+    /// The device gave a sign of life, or has nothing to give one for.
+    pub(super) fn heard(&self) {
+        let now = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.heard_ns.store(now, Ordering::Relaxed);
+    }
+
+    /// Whether the device has been silent for longer than it is given, since `from` at the earliest.
+    /// For one that is waited for.
+    pub(super) fn silent(&self, from: Option<Instant>) -> bool {
+        if self.given_up.load(Ordering::Relaxed) {
+            return true;
+        }
+        let heard = Duration::from_nanos(self.heard_ns.load(Ordering::Relaxed));
+        let silence = self.began.elapsed().saturating_sub(heard);
+        let waited = from.map_or(silence, |from| from.elapsed().min(silence));
+        if waited > self.patience {
+            self.given_up.store(true, Ordering::Relaxed);
+            self.fail(
+                "what was queued",
+                format!("it has not answered for {:?}", self.patience),
+            );
+        }
+        self.given_up.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn patience(&self) -> Duration {
+        self.patience
     }
 
     /// Takes note of a failure; the first one sticks.
@@ -109,6 +148,7 @@ impl Watcher {
                         }
                         Err(error) => shared.fail("what ran on the device", error.to_string()),
                     }
+                    shared.heard();
                     theirs.done.store(mark.seq, Ordering::Release);
                     shared.notifier.notify();
                 }
@@ -137,6 +177,12 @@ impl Watcher {
         Duration::from_nanos(self.progress.busy_ns.load(Ordering::Relaxed))
     }
 
+    /// Leaves the thread to itself: its device does not answer.
+    pub(super) fn abandon(&mut self) {
+        drop(self.marks.take());
+        drop(self.thread.take());
+    }
+
     /// Waits for all marks and ends the thread.
     pub(super) fn end(&mut self) {
         drop(self.marks.take());
@@ -162,9 +208,6 @@ fn wait(mark: Mark) -> Result<u64, CudaError> {
         let Some(start) = mark.start else {
             return Ok(0);
         };
-        let mut millis = 0.0f32;
-        let timed = sys::cuEventElapsedTime(&raw mut millis, start, mark.end);
-        check("cuEventElapsedTime", timed)?;
-        Ok((f64::from(millis) * 1e6) as u64)
+        Ok((f64::from(elapsed(start, mark.end)?) * 1e6) as u64)
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_kernels::cpu::Workers;
+use forebay_pinned::Arena;
 
 use super::{Device, Event, Span, Stream};
 use crate::Bytes;
@@ -71,7 +72,7 @@ impl Device for HostDevice {
         }
     }
 
-    unsafe fn pin(&mut self, _: *mut u8, _: u64) -> Result<()> {
+    fn pin(&mut self, _: &Arena) -> Result<()> {
         Ok(())
     }
 
@@ -169,6 +170,8 @@ impl Device for HostDevice {
     }
 
     fn query(&self, event: Event) -> Result<bool> {
+        // Before the failures: what is done is done well only if there was none until then.
+        let reached = self.streams[event.stream as usize].reached(event.seq);
         for stream in &self.streams {
             if let Some(failure) = stream.failure() {
                 return Err(Error::Device {
@@ -177,7 +180,7 @@ impl Device for HostDevice {
                 });
             }
         }
-        Ok(self.streams[event.stream as usize].reached(event.seq))
+        Ok(reached)
     }
 
     fn drain(&self) {

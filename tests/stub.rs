@@ -1,0 +1,391 @@
+//! The `cuda` device in training, on a stub of CUDA that runs what is queued late and in any legal
+//! order (`tests/stub/`): bits, faults, silence and leaks, with no GPU.
+//!
+//! Each test runs itself again in a process that finds the stub.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "stub/harness.rs"]
+mod harness;
+
+use std::ffi::{CString, c_char, c_void};
+use std::panic::catch_unwind;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{create, decoder_in, options, tokens, train, with_budgets};
+use forebay::nvme::sim::SimDisk;
+use forebay::nvme::{self, Store};
+use forebay::{DType, Error, Options, Policy, RandomInit, Result, Trainer};
+use forebay_decoder::{Batch, Decoder};
+
+/// The stub's own functions.
+struct Stub {
+    library: *mut c_void,
+}
+
+impl Stub {
+    /// In the process that runs under the stub: the stub. In any other: runs `test` in such a process.
+    fn enter(test: &str, settings: &[(&str, &str)]) -> Option<Self> {
+        if std::env::var_os(harness::INSIDE).is_none() {
+            if let Err(what) = harness::run(test, None, settings) {
+                panic!("{what}");
+            }
+            return None;
+        }
+        // SAFETY: the library that the harness made sure is found.
+        let library = unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW) };
+        assert!(!library.is_null());
+        Some(Self { library })
+    }
+
+    fn function(&self, name: &str) -> *mut c_void {
+        let name = CString::new(name).unwrap();
+        // SAFETY: an open library and a string.
+        let function = unsafe { libc::dlsym(self.library, name.as_ptr()) };
+        assert!(!function.is_null(), "{name:?} is not the stub's");
+        function
+    }
+
+    fn configure(&self, settings: &str) {
+        let settings = CString::new(settings).unwrap();
+        // SAFETY: the stub declares it so.
+        let configure: extern "C" fn(*const c_char) =
+            unsafe { std::mem::transmute(self.function("forebay_stub_configure")) };
+        configure(settings.as_ptr());
+    }
+
+    fn count(&self, function: &str, this_thread: bool) -> u64 {
+        let name = CString::new(function).unwrap();
+        // SAFETY: the stub declares it so.
+        let count: extern "C" fn(*const c_char, bool) -> u64 =
+            unsafe { std::mem::transmute(self.function("forebay_stub_count")) };
+        count(name.as_ptr(), this_thread)
+    }
+
+    fn number(&self, name: &str) -> u64 {
+        // SAFETY: the stub declares it so.
+        let number: extern "C" fn() -> u64 =
+            unsafe { std::mem::transmute(self.function(&format!("forebay_stub_{name}"))) };
+        number()
+    }
+
+    /// What was taken and not given back.
+    fn held(&self) -> [u64; 2] {
+        ["device_bytes", "objects"].map(|name| self.number(name))
+    }
+}
+
+/// A training run, published after each step, on a simulated disk.
+struct Setup {
+    decoder: Decoder,
+    options: Options,
+}
+
+const STEPS: u64 = 3;
+
+impl Setup {
+    fn new(dtype: DType, change: impl Fn(&mut Options)) -> Self {
+        let decoder = decoder_in(dtype);
+        let mut options = options(&PathBuf::from("disk"));
+        change(&mut options);
+        let options = with_budgets(options, &decoder);
+        Self { decoder, options }
+    }
+
+    /// Goes on from what is on the disk; the bits of each step's loss.
+    fn run(&self, disk: &SimDisk, bits: &mut Vec<(u64, u32)>) -> Result<()> {
+        let options = Options {
+            medium: Arc::new(disk.clone()),
+            ..self.options.clone()
+        };
+        let footprint = self.decoder.footprint(options.target()?)?;
+        let model = self.decoder.model().clone();
+        let mut trainer = match Store::peek(&options.disk[0], disk) {
+            Ok(_) => Trainer::resume(model, footprint, &options)?,
+            Err(nvme::Error::NoGeneration { .. }) => {
+                Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 })?
+            }
+            Err(other) => return Err(other.into()),
+        };
+        while trainer.steps() < STEPS {
+            let (ids, targets) = tokens(trainer.steps());
+            let number = trainer.steps();
+            let step = trainer.begin(5e-3)?;
+            let batch = Batch {
+                ids: &ids,
+                targets: &targets,
+            };
+            self.decoder.train_step(&step, &batch)?;
+            bits.push((number, step.finish()?.loss.unwrap().to_bits()));
+            trainer.publish("")?;
+        }
+        Ok(())
+    }
+
+    /// Under a fault: right bits up to a typed error, in bounded time; then, on a healed device, the
+    /// rest of the right bits from the generation that stands.
+    fn survives(&self, stub: &Stub, fault: &str, right: &[(u64, u32)]) -> Result<()> {
+        let (disk, mut bits) = (SimDisk::new(1), Vec::new());
+        stub.configure(fault);
+        let start = Instant::now();
+        let result = self.run(&disk, &mut bits);
+        let took = start.elapsed();
+        assert!(took < Duration::from_secs(10), "{fault}: {took:?}");
+        assert_eq!(bits, right[..bits.len()], "{fault}");
+        assert_eq!(stub.number("violations"), 0, "{fault}");
+        match &result {
+            Ok(()) => assert_eq!(bits.len(), right.len(), "{fault}"),
+            Err(Error::Device { .. } | Error::NoDevice { .. } | Error::Misuse(_)) => {}
+            Err(other) => panic!("{fault}: {other}"),
+        }
+        stub.configure("");
+        let mut rest = Vec::new();
+        self.run(&disk, &mut rest).unwrap();
+        let first = rest.first().map_or(STEPS, |(step, _)| *step);
+        assert!(first <= bits.len() as u64, "{fault}: no step is left out");
+        assert_eq!(rest, right[first as usize..], "{fault}");
+        result
+    }
+
+    fn right(&self, stub: &Stub) -> Vec<(u64, u32)> {
+        stub.configure("");
+        let mut right = Vec::new();
+        self.run(&SimDisk::new(1), &mut right).unwrap();
+        assert_eq!(right.len() as u64, STEPS);
+        right
+    }
+}
+
+fn disk_only(options: &mut Options) {
+    options.placement = Policy::Disk;
+}
+
+#[test]
+fn in_every_order_that_events_allow_every_placement_gives_the_same_bits() {
+    let test = "in_every_order_that_events_allow_every_placement_gives_the_same_bits";
+    let Some(stub) = Stub::enter(test, &[]) else {
+        return;
+    };
+    for (dtype, clip) in [
+        (DType::F32, Some(0.5)),
+        (DType::F32, None),
+        (DType::Bf16, Some(0.5)),
+        (DType::Bf16, None),
+    ] {
+        let run = |placement, lookahead| {
+            let folder = tempfile::tempdir().unwrap();
+            let decoder = decoder_in(dtype);
+            let mut options = options(folder.path());
+            (options.placement, options.lookahead) = (placement, lookahead);
+            options.clip = clip;
+            let options = with_budgets(options, &decoder);
+            train(&mut create(&decoder, &options), &decoder, 4)
+        };
+        stub.configure("SEED=0");
+        let reference = run(Policy::Resident, 2);
+        let losses: Vec<f32> = reference.iter().map(|b| f32::from_bits(*b)).collect();
+        assert!(losses.iter().all(|l| l.is_finite()), "{losses:?}");
+        let mut seed = 0;
+        for placement in [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk] {
+            for lookahead in 0..=3 {
+                seed += 1;
+                stub.configure(&format!("SEED={seed}"));
+                let got = run(placement, lookahead);
+                let what = format!("{placement:?}, look-ahead {lookahead}, seed {seed}");
+                assert_eq!(got, reference, "{what}");
+                assert_eq!(stub.held(), [0; 2], "{what}");
+                assert_eq!(stub.number("violations"), 0, "{what}");
+            }
+        }
+        // The comparison can fail: where streams do not wait for each other, or events come early.
+        for defect in ["IGNORE_WAITS=1", "EARLY_EVENTS=1"] {
+            let wrong = |seed| {
+                stub.configure(&format!("SEED={seed};{defect}"));
+                // Other bits, or a checksum that does not hold.
+                let got = catch_unwind(|| run(Policy::Disk, 3));
+                got.ok().is_none_or(|got| got != reference)
+            };
+            assert!((0..8).any(wrong), "{defect} goes unnoticed");
+        }
+    }
+}
+
+#[test]
+fn in_a_steady_step_the_trainers_thread_makes_no_call_that_waits_or_allocates() {
+    let test = "in_a_steady_step_the_trainers_thread_makes_no_call_that_waits_or_allocates";
+    let Some(stub) = Stub::enter(test, &[]) else {
+        return;
+    };
+    const WAITING: [&str; 17] = [
+        "a copy that blocks",
+        "cuCtxSynchronize",
+        "cuEventCreate",
+        "cuEventSynchronize",
+        "cuMemAlloc_v2",
+        "cuMemFreeHost",
+        "cuMemFree_v2",
+        "cuMemHostAlloc",
+        "cuMemHostRegister_v2",
+        "cuMemHostUnregister",
+        "cuMemcpyDtoH_v2",
+        "cuMemcpyHtoD_v2",
+        "cuModuleGetFunction",
+        "cuModuleLoadData",
+        "cuStreamCreate",
+        "cuStreamQuery",
+        "cuStreamSynchronize",
+    ];
+    for placement in [Policy::Auto, Policy::Disk, Policy::Resident] {
+        stub.configure("SEED=3");
+        let folder = tempfile::tempdir().unwrap();
+        let decoder = decoder_in(DType::F32);
+        let mut options = options(folder.path());
+        options.placement = placement;
+        let options = with_budgets(options, &decoder);
+        let mut trainer = create(&decoder, &options);
+        let calls = || WAITING.map(|function| (function, stub.count(function, true)));
+        // So many events as two steps can have under way are made in the first ones.
+        train(&mut trainer, &decoder, 6);
+        let (before, launched) = (calls(), stub.count("cuLaunchKernel", true));
+        train(&mut trainer, &decoder, 6);
+        let after = calls();
+        for ((function, before), (_, after)) in before.iter().zip(&after) {
+            // A run that gets further ahead than ever before needs a few more events.
+            let most = if *function == "cuEventCreate" { 40 } else { 0 };
+            assert!(after - before <= most, "{placement:?}: {function}");
+        }
+        // The counts are of this thread, and of calls like these.
+        assert!(stub.count("cuLaunchKernel", true) > launched + 100);
+        assert!(before.iter().any(|(f, n)| *f == "cuMemAlloc_v2" && *n > 0));
+        assert!(stub.count("cuEventSynchronize", false) > 0);
+    }
+}
+
+#[test]
+fn a_call_that_fails_is_an_error_to_resume_from_and_nothing_leaks() {
+    let test = "a_call_that_fails_is_an_error_to_resume_from_and_nothing_leaks";
+    let Some(stub) = Stub::enter(test, &[]) else {
+        return;
+    };
+    // What opens a device, what a step calls; and whether the device refuses or is not noticed to.
+    const CALLS: [(&str, i32); 21] = [
+        ("cuDevicePrimaryCtxRetain", 2),
+        ("cuMemHostAlloc", 2),
+        ("cuMemHostGetDevicePointer_v2", 1),
+        ("cuMemAlloc_v2", 2),
+        ("cuModuleLoadData", 209),
+        ("cuModuleGetFunction", 500),
+        ("cublasLtCreate", 3),
+        ("cublasLtMatmulAlgoGetHeuristic", 15),
+        ("cublasLtMatmul", 13),
+        ("cuMemHostRegister_v2", 2),
+        ("cuStreamCreate", 2),
+        ("cuEventCreate", 2),
+        ("cuEventRecord", 400),
+        ("cuEventSynchronize", 719),
+        ("cuEventElapsedTime", 600),
+        ("cuStreamWaitEvent", 400),
+        ("cuMemcpyHtoDAsync_v2", 700),
+        ("cuMemcpyDtoHAsync_v2", 700),
+        ("cuMemcpyDtoDAsync_v2", 700),
+        ("cuMemsetD8Async", 700),
+        ("cuLaunchKernel", 701),
+    ];
+    let setup = Setup::new(DType::F32, disk_only);
+    // The target is asked for once a process; not under a fault.
+    let right = setup.right(&stub);
+    let totals = CALLS.map(|(function, _)| stub.count(function, false));
+    let mut errors = 0;
+    for ((function, code), total) in CALLS.into_iter().zip(totals) {
+        assert!(total > 0, "{function} is not called at all");
+        for nth in [1, total / 2, total * 4 / 5] {
+            if nth == 0 {
+                continue;
+            }
+            let fault = format!("FAIL={function}:{nth}:{code}");
+            let result = setup.survives(&stub, &fault, &right);
+            // How often events are made and waited for depends on timing; a kernel is asked for in
+            // modules that do not have it.
+            let sure = nth == 1 || !function.starts_with("cuEvent");
+            let sure = sure && function != "cuModuleGetFunction";
+            assert!(result.is_err() || !sure, "{fault} goes unnoticed");
+            errors += u64::from(result.is_err());
+            assert_eq!(stub.held(), [0; 2], "{fault}");
+        }
+    }
+    println!("{errors} errors");
+}
+
+#[test]
+fn a_device_that_is_lost_at_any_operation_leaves_a_generation_to_resume() {
+    let test = "a_device_that_is_lost_at_any_operation_leaves_a_generation_to_resume";
+    let Some(stub) = Stub::enter(test, &[]) else {
+        return;
+    };
+    for clip in [Some(0.5), None] {
+        let setup = Setup::new(DType::F32, |o| (o.placement, o.clip) = (Policy::Disk, clip));
+        let right = setup.right(&stub);
+        let operations = stub.number("executed");
+        for at in (1..operations).step_by(operations as usize / 20) {
+            let fault = format!("LOSE={at}:719");
+            let error = setup.survives(&stub, &fault, &right).unwrap_err();
+            let text = error.to_string();
+            // cuBLASLt has no words for it.
+            let said = ["on purpose", "EXECUTION_FAILED"];
+            assert!(said.iter().any(|s| text.contains(s)), "{fault}: {text}");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_never_answers_is_given_up_in_bounded_time() {
+    let test = "a_device_that_never_answers_is_given_up_in_bounded_time";
+    let Some(stub) = Stub::enter(test, &[("FOREBAY_DEVICE_PATIENCE", "0.4")]) else {
+        return;
+    };
+    let setup = Setup::new(DType::F32, disk_only);
+    let right = setup.right(&stub);
+    let operations = stub.number("executed");
+    for at in [0, 1, operations / 3, operations / 2, operations - 1] {
+        let fault = format!("STOP={at}");
+        let before = stub.held();
+        let error = setup.survives(&stub, &fault, &right).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("has not answered for 400ms"), "{text}");
+        // It is the device's for good: given up, not given back.
+        assert!(stub.held()[0] > before[0]);
+    }
+}
+
+#[test]
+fn a_thousand_devices_opened_and_closed_leave_nothing_behind() {
+    let test = "a_thousand_devices_opened_and_closed_leave_nothing_behind";
+    let Some(stub) = Stub::enter(test, &[]) else {
+        return;
+    };
+    let setup = Setup::new(DType::F32, |o| o.placement = Policy::Resident);
+    let options = setup.options.clone();
+    let decoder = &setup.decoder;
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    let before = threads();
+    for cycle in 0..1000 {
+        let options = Options {
+            medium: Arc::new(SimDisk::new(cycle)),
+            ..options.clone()
+        };
+        let model = decoder.model().clone();
+        let seed = &mut RandomInit { seed: 5 };
+        let mut trainer = Trainer::create(model, footprint, &options, seed).unwrap();
+        if cycle % 100 == 0 {
+            train(&mut trainer, decoder, 1);
+            assert_ne!(stub.held(), [0; 2], "what is held is seen");
+        }
+        drop(trainer);
+        assert_eq!(stub.held(), [0; 2], "cycle {cycle}");
+    }
+    assert_eq!(stub.number("violations"), 0);
+    assert_eq!(threads(), before);
+}
