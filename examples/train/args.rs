@@ -92,6 +92,9 @@ pub(crate) struct Args {
     /// Slow the disk down to so many bytes per second, as 200MB
     #[arg(long, hide = true)]
     pub(crate) disk_throttle: Option<Bytes>,
+    /// Write what each lane did when to this file, for Perfetto or chrome://tracing
+    #[arg(long)]
+    pub(crate) trace: Option<PathBuf>,
     /// One JSON object a line: each step, then {"summary": ...}
     #[arg(long)]
     pub(crate) json: bool,

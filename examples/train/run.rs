@@ -325,6 +325,7 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
         When::End => Publish::End,
         When::Never => Publish::Never,
     };
+    options.trace = args.trace.clone();
     options.disk_throttle = args.disk_throttle.map(|b| b.0);
     Ok(options)
 }

@@ -18,6 +18,15 @@ use crossbeam::queue::ArrayQueue;
 /// The position of a task in its queue; the first is 1.
 pub(crate) type Seq = u64;
 
+/// What a queue or stream did up to some place, and when.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Worked {
+    /// The last task of it.
+    pub(crate) upto: Seq,
+    pub(crate) start: Instant,
+    pub(crate) end: Instant,
+}
+
 /// A failure that a queue remembers.
 #[derive(Clone, Debug)]
 pub(crate) struct Failure {
@@ -53,6 +62,8 @@ impl Notifier {
 }
 
 const TASK_WORDS: usize = 112;
+/// The name of a task that only waits.
+const WAIT: &str = "wait";
 
 /// A closure in place, called at most once.
 struct Task {
@@ -130,6 +141,9 @@ struct Shared {
     closing: AtomicBool,
     failed: AtomicBool,
     failure: Mutex<Option<Failure>>,
+    /// What was worked, once somebody asked for it.
+    log: Mutex<Option<Vec<Worked>>>,
+    logs: AtomicBool,
     notifier: Arc<Notifier>,
 }
 
@@ -181,6 +195,8 @@ impl WorkQueue {
             closing: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
+            log: Mutex::new(None),
+            logs: AtomicBool::new(false),
             notifier,
         });
         let theirs = Arc::clone(&shared);
@@ -223,7 +239,7 @@ impl WorkQueue {
     /// not counted as busy time.
     pub(crate) fn push_wait(&mut self, other: Progress, seq: Seq) -> Seq {
         let own = Arc::clone(&self.shared);
-        self.push("wait", move || {
+        self.push(WAIT, move || {
             let start = Instant::now();
             other.wait(seq);
             let waited = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -261,6 +277,13 @@ impl WorkQueue {
                 .load(Ordering::Relaxed)
                 .saturating_sub(waited),
         )
+    }
+
+    /// What was worked since this was called last; from the first call on it is kept for it.
+    pub(crate) fn worked(&self) -> Vec<Worked> {
+        self.shared.logs.store(true, Ordering::Relaxed);
+        let kept = lock(&self.shared.log).replace(Vec::new());
+        kept.unwrap_or_default()
     }
 
     /// The first failure, if there was one.
@@ -338,8 +361,16 @@ fn execute(shared: &Shared, task: &mut Task) {
         });
         shared.failed.store(true, Ordering::Release);
     }
-    let busy = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    let end = Instant::now();
+    let busy = u64::try_from((end - start).as_nanos()).unwrap_or(u64::MAX);
     shared.busy_ns.fetch_add(busy, Ordering::Relaxed);
+    if shared.logs.load(Ordering::Relaxed)
+        && task.name != WAIT
+        && let Some(log) = &mut *lock(&shared.log)
+    {
+        let upto = shared.done.load(Ordering::Relaxed) + 1;
+        log.push(Worked { upto, start, end });
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

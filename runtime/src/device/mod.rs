@@ -14,7 +14,7 @@ use forebay_pinned::Arena;
 
 use crate::error::Result;
 use crate::operation::Launch;
-use crate::queue::Notifier;
+use crate::queue::{Notifier, Worked};
 use crate::target::Target;
 
 /// Opens the device of a target with a block of `budget` bytes.
@@ -118,7 +118,7 @@ pub(crate) trait Device: Send {
     ///
     /// # Errors
     /// [`crate::Error::Device`], from the first failure on for ever (a lost device is sticky).
-    fn query(&self, event: Event) -> Result<bool>;
+    fn query(&mut self, event: Event) -> Result<bool>;
 
     /// Blocks until all streams are empty. Returns on a failed device too, and on one that does not
     /// answer for a while: what that one may still touch is kept for good when it is dropped.
@@ -129,6 +129,10 @@ pub(crate) trait Device: Send {
 
     /// Time that `stream` has spent working so far.
     fn busy(&self, stream: Stream) -> Duration;
+
+    /// What `stream` did since this was called last, in order, and when by the device's own clock; from
+    /// the first call on it is kept for it.
+    fn worked(&mut self, stream: Stream) -> Vec<Worked>;
 }
 
 #[cfg(test)]

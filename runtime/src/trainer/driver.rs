@@ -28,7 +28,7 @@ impl Driver for Engine {
             debug_assert_eq!(id, stage);
             self.cast_gradients(stage, task);
             let event = self.device.newest(Stream::Compute);
-            self.flying.push((task, Sign::Device(event)));
+            self.fly(task, Sign::Device(event));
             self.scheduler_mut().issued(task);
         }
     }
@@ -155,10 +155,20 @@ impl Engine {
             }
             if !moved {
                 self.telemetry.waiting();
+                if let Some(trace) = &mut self.trace {
+                    trace.waiting();
+                }
                 self.nap();
             }
         };
         self.telemetry.entered();
+        if let Some(trace) = &mut self.trace {
+            let kind = self.schedulers[self.pass as usize]
+                .plan()
+                .task(task.id)
+                .kind;
+            trace.entered(kind, task.step, &self.model);
+        }
         self.order(Stream::Compute, task);
         self.stage = Some((stage, task));
         let plan = Arc::clone(self.scheduler().plan());
@@ -219,6 +229,7 @@ impl Engine {
             self.telemetry.end_step(Instant::now());
         }
         self.telemetry.end_pass();
+        self.collect_trace();
         Ok(Finished {
             step: self.steps.saturating_sub(1),
             loss,

@@ -17,6 +17,7 @@ use super::dry::Pass;
 use super::options::Publish;
 use super::places::{Places, SlabPlace};
 use super::telemetry::Telemetry;
+use super::trace::Trace;
 use super::update::{self, Optimizer, Run, StepScalars};
 use crate::device::{Device, Event, Stream};
 use crate::error::{Error, Result};
@@ -65,6 +66,7 @@ pub(super) struct Parts {
     pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
     pub(super) publish: Publish,
+    pub(super) trace: Option<Trace>,
 }
 
 /// See the module. The order of fields is the order of their end: first everything that may touch
@@ -105,6 +107,7 @@ pub(crate) struct Engine {
     pub(super) input_last: [Option<Event>; 2],
     pub(super) failed: Option<String>,
     pub(super) telemetry: Telemetry,
+    pub(super) trace: Option<Trace>,
 }
 
 impl Engine {
@@ -122,7 +125,7 @@ impl Engine {
         let tasks = train.tasks().len().max(eval.tasks().len());
         let notifier = Arc::clone(&parts.notifier);
         store.on_end(move || notifier.notify());
-        Self {
+        let mut engine = Self {
             lane: parts.lane,
             store,
             places: parts.places,
@@ -154,10 +157,14 @@ impl Engine {
             input_used: 0,
             input_last: [None; 2],
             failed: None,
+            trace: parts.trace,
             device,
             model,
             placement,
-        }
+        };
+        // From here on there is something to collect.
+        engine.collect_trace();
+        engine
     }
 
     /// Opens a pass.
@@ -265,6 +272,13 @@ impl Engine {
                 .moving
                 .swap_remove(index.expect("every transfer was noted"));
             self.places.return_slab(place, done.slab);
+            if let Some(trace) = &mut self.trace {
+                let kind = self.schedulers[self.pass as usize]
+                    .plan()
+                    .task(task.id)
+                    .kind;
+                trace.transfer_ends(task, kind, &self.model);
+            }
             done.result?;
             self.done(task);
         }
@@ -349,6 +363,30 @@ impl Engine {
         }
     }
 
+    /// Takes note of a task that is under way, and by what its end is known.
+    pub(super) fn fly(&mut self, task: TaskRef, sign: Sign) {
+        self.flying.push((task, sign));
+        if self.pass == Pass::Train
+            && let Some(trace) = &mut self.trace
+        {
+            let kind = self.schedulers[Pass::Train as usize]
+                .plan()
+                .task(task.id)
+                .kind;
+            match sign {
+                Sign::Device(event) => trace.on_device(event, kind, task.step),
+                Sign::Cpu(seq) => trace.on_cpu(seq, kind, task.step),
+            }
+        }
+    }
+
+    /// Writes what the trace has waited for.
+    pub(super) fn collect_trace(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            trace.collect(&mut *self.device, self.lane.worked(), &self.model);
+        }
+    }
+
     /// Sleeps until something completes, or a little.
     pub(super) fn nap(&self) {
         self.notifier.wait(NAP);
@@ -399,5 +437,6 @@ impl Drop for Engine {
         // the disk's thread by the store's own end.
         self.device.drain();
         self.lane.drain();
+        self.collect_trace();
     }
 }

@@ -12,6 +12,7 @@ mod states;
 mod step;
 mod tasks;
 mod telemetry;
+mod trace;
 mod update;
 mod weights;
 
@@ -156,6 +157,11 @@ impl Trainer {
             adam: options.optimizer,
             clip: options.clip,
             publish: options.publish,
+            trace: options
+                .trace
+                .as_deref()
+                .map(trace::Trace::new)
+                .transpose()?,
             placement,
             store,
             arena,

@@ -138,7 +138,7 @@ impl Engine {
             self.device.launch(launch);
             self.device.copy_out(Stream::Compute, sums, target)
         };
-        self.flying.push((task, Sign::Device(event)));
+        self.fly(task, Sign::Device(event));
         self.scheduler_mut().issued(task);
         Ok(())
     }
@@ -180,7 +180,7 @@ impl Engine {
             unsafe { self.device.launch(launch) };
         }
         let event = self.device.newest(Stream::Compute);
-        self.flying.push((task, Sign::Device(event)));
+        self.fly(task, Sign::Device(event));
         self.scheduler_mut().issued(task);
         Ok(())
     }

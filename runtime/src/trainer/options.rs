@@ -59,6 +59,8 @@ pub struct Options {
     pub medium: Arc<dyn Medium>,
     /// How the disk is driven.
     pub io: IoChoice,
+    /// A file for a picture of the run: what each lane did when, in Chrome's trace format.
+    pub trace: Option<PathBuf>,
     /// Slows the disk down to this many bytes per second, for experiments and tests.
     pub disk_throttle: Option<u64>,
 }
@@ -96,6 +98,7 @@ impl Options {
             publish: Publish::Often,
             medium: Arc::new(forebay_nvme::Folders),
             io: IoChoice::Auto,
+            trace: None,
             disk_throttle: None,
         }
     }

@@ -53,6 +53,7 @@ impl Engine {
         let place = self.slab_place(task, spec);
         let slab = self.places.take_slab(place);
         self.moving.push(Moving { key, task, place });
+        self.trace_transfer(task);
         self.store.read(key, slab)?;
         Ok(())
     }
@@ -66,8 +67,15 @@ impl Engine {
         let place = self.slab_place(task, spec);
         let slab = self.places.take_slab(place);
         self.moving.push(Moving { key, task, place });
+        self.trace_transfer(task);
         self.store.write(key, slab)?;
         Ok(())
+    }
+
+    fn trace_transfer(&mut self, task: TaskRef) {
+        if let Some(trace) = &mut self.trace {
+            trace.transfer_starts(task);
+        }
     }
 
     /// Queues a copy between pinned memory and the device, behind what it depends on.
@@ -110,7 +118,7 @@ impl Engine {
                 _ => self.device.copy_out(stream, span, memory),
             }
         };
-        self.flying.push((task, Sign::Device(event)));
+        self.fly(task, Sign::Device(event));
         self.scheduler_mut().issued(task);
     }
 
@@ -145,7 +153,7 @@ impl Engine {
             sums[section.0 as usize].store(sum.sum.to_bits(), Ordering::Release);
             Ok(())
         });
-        self.flying.push((task, Sign::Cpu(seq)));
+        self.fly(task, Sign::Cpu(seq));
     }
 
     /// All sums are known: the clip factor, and whether the step is skipped.
@@ -231,7 +239,7 @@ impl Engine {
             unsafe { update::update(&optimizer, &scalars, &runs, place) };
             Ok(())
         });
-        self.flying.push((task, Sign::Cpu(seq)));
+        self.fly(task, Sign::Cpu(seq));
     }
 
     /// After a gradient that was not finite: once the early updates of the step have all come

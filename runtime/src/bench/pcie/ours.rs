@@ -96,7 +96,7 @@ impl Ours {
     }
 
     /// Sleeps until an event has come.
-    fn wait(&self, event: Event) -> Result<()> {
+    fn wait(&mut self, event: Event) -> Result<()> {
         while !self.device.query(event)? {
             self.notifier.wait(Duration::from_millis(50));
         }

@@ -22,14 +22,17 @@ use super::{Device, Event, Span, Stream};
 use crate::Bytes;
 use crate::error::{Error, Result};
 use crate::operation::{CudaContext, Launch};
-use crate::queue::Notifier;
+use crate::queue::{Notifier, Worked};
 use crate::target::Target;
 
 mod context;
 mod watcher;
 
 use context::{Context, HostWord, Memory};
-use watcher::{Mark, Shared, Watcher};
+use watcher::{Base, Mark, Shared, Watcher};
+
+/// Copies behind one mark, at most: so long that a mark costs nothing, so short that nobody waits for it.
+const MARK_BYTES: u64 = 4 << 20;
 
 /// How long a device may be silent: no stage of a model takes so long.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -42,6 +45,8 @@ pub(crate) struct CudaDevice {
     memory: ManuallyDrop<Memory>,
     pinned: Vec<Arena>,
     fault: Arc<HostWord>,
+    /// From where time is told, once somebody asked.
+    base: Option<Arc<Base>>,
     // The last to go.
     context: Arc<Context>,
 }
@@ -57,6 +62,8 @@ struct Lane {
     queued: u64,
     /// Operations that a mark stands behind.
     marked: u64,
+    /// Bytes of copies since.
+    unmarked_bytes: u64,
     /// Stands before the first operation behind the last mark, for the time it takes.
     start: Option<sys::CUevent>,
     /// Whether the stream waits for another before that operation.
@@ -100,6 +107,7 @@ impl CudaDevice {
                 stream,
                 queued: 0,
                 marked: 0,
+                unmarked_bytes: 0,
                 start: None,
                 waits: false,
                 pending: VecDeque::with_capacity(256),
@@ -116,6 +124,7 @@ impl CudaDevice {
             memory: ManuallyDrop::new(memory),
             pinned: Vec::new(),
             fault,
+            base: None,
             context,
         })
     }
@@ -141,6 +150,24 @@ impl CudaDevice {
             self.shared.fail(name, what);
         }
         lane.queued
+    }
+
+    /// The event of a copy. Small ones in a row share a mark, for each costs the link a moment: it is made
+    /// when one of them is asked for.
+    fn copied(&mut self, stream: Stream, bytes: u64) -> Event {
+        let lane = &mut self.lanes[stream as usize];
+        lane.unmarked_bytes += bytes;
+        if lane.unmarked_bytes >= MARK_BYTES {
+            return self.mark(stream);
+        }
+        let seq = lane.queued;
+        Event { stream, seq }
+    }
+
+    fn mark_upto(&mut self, event: Event) {
+        if self.lanes[event.stream as usize].marked < event.seq {
+            self.mark(event.stream);
+        }
     }
 
     fn mark(&mut self, stream: Stream) -> Event {
@@ -212,6 +239,7 @@ impl Lane {
             lent: false,
         };
         self.marked = self.queued;
+        self.unmarked_bytes = 0;
         if self.pending.is_empty() {
             self.shared.heard();
         }
@@ -257,7 +285,7 @@ impl Device for CudaDevice {
             };
             check("cuMemcpyHtoDAsync", done).map_err(|e| e.to_string())
         });
-        self.mark(stream)
+        self.copied(stream, to.bytes)
     }
 
     unsafe fn copy_out(&mut self, stream: Stream, from: Span, target: *mut u8) -> Event {
@@ -269,7 +297,7 @@ impl Device for CudaDevice {
             };
             check("cuMemcpyDtoHAsync", done).map_err(|e| e.to_string())
         });
-        self.mark(stream)
+        self.copied(stream, from.bytes)
     }
 
     unsafe fn copy(&mut self, from: u64, to: Span) {
@@ -321,6 +349,7 @@ impl Device for CudaDevice {
     }
 
     fn wait(&mut self, stream: Stream, event: Event) {
+        self.mark_upto(event);
         let from = &self.lanes[event.stream as usize];
         if stream == event.stream || from.watcher.done() >= event.seq {
             return;
@@ -345,7 +374,8 @@ impl Device for CudaDevice {
         }
     }
 
-    fn query(&self, event: Event) -> Result<bool> {
+    fn query(&mut self, event: Event) -> Result<bool> {
+        self.mark_upto(event);
         // Before the failure: what is done is done well only if there was none until then.
         let reached = self.lanes[event.stream as usize].watcher.done() >= event.seq;
         if !reached {
@@ -370,6 +400,15 @@ impl Device for CudaDevice {
 
     fn busy(&self, stream: Stream) -> Duration {
         self.lanes[stream as usize].watcher.busy()
+    }
+
+    fn worked(&mut self, stream: Stream) -> Vec<Worked> {
+        if self.base.is_none() {
+            self.context.bind();
+            self.base = Base::new(self.lanes[Stream::Compute as usize].stream).map(Arc::new);
+        }
+        let base = self.base.clone();
+        self.lanes[stream as usize].watcher.worked(base)
     }
 }
 

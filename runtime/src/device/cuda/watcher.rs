@@ -9,7 +9,7 @@ use crossbeam::channel::{Sender, unbounded};
 use forebay_kernels::cuda::{CudaError, check, elapsed, sys};
 
 use super::context::{Context, HostWord};
-use crate::queue::{Failure, Notifier};
+use crate::queue::{Failure, Notifier, Worked};
 
 /// Events around what was queued up to some operation.
 #[derive(Clone, Copy)]
@@ -111,6 +111,69 @@ impl Shared {
 struct Progress {
     done: AtomicU64,
     busy_ns: AtomicU64,
+    log: Mutex<Log>,
+    logs: AtomicBool,
+}
+
+impl Drop for Base {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`; whoever told time by it is done.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.event) };
+    }
+}
+
+#[derive(Default)]
+struct Log {
+    base: Option<Arc<Base>>,
+    worked: Vec<Worked>,
+}
+
+/// An event, and when it was.
+pub(super) struct Base {
+    event: sys::CUevent,
+    at: Instant,
+}
+
+// SAFETY: events belong to a context, not to a thread.
+unsafe impl Send for Base {}
+// SAFETY: only read.
+unsafe impl Sync for Base {}
+
+impl Base {
+    /// On a stream of the current context, which it waits for.
+    pub(super) fn new(stream: sys::CUstream) -> Option<Self> {
+        let mut event = std::ptr::null_mut();
+        // SAFETY: a valid place; then an event and a stream of this context.
+        unsafe {
+            check("cuEventCreate", sys::cuEventCreate(&raw mut event, 0)).ok()?;
+            let mut base = Self {
+                event,
+                at: Instant::now(),
+            };
+            check("cuEventRecord", sys::cuEventRecord(event, stream)).ok()?;
+            check("cuEventSynchronize", sys::cuEventSynchronize(event)).ok()?;
+            base.at = Instant::now();
+            Some(base)
+        }
+    }
+
+    fn instant(&self, event: sys::CUevent) -> Option<Instant> {
+        // SAFETY: both were recorded, and have come.
+        let millis = unsafe { elapsed(self.event, event).ok()? };
+        self.at
+            .checked_add(Duration::try_from_secs_f64(f64::from(millis) * 1e-3).ok()?)
+    }
+
+    /// Before a mark's events are recorded anew.
+    fn worked(&self, mark: Mark) -> Option<Worked> {
+        let end = self.instant(mark.end)?;
+        let start = mark
+            .start
+            .and_then(|start| self.instant(start))
+            .unwrap_or(end);
+        let upto = mark.seq;
+        Some(Worked { upto, start, end })
+    }
 }
 
 /// See the module.
@@ -148,6 +211,11 @@ impl Watcher {
                         }
                         Err(error) => shared.fail("what ran on the device", error.to_string()),
                     }
+                    if theirs.logs.load(Ordering::Relaxed) {
+                        let mut log = theirs.log.lock().unwrap_or_else(PoisonError::into_inner);
+                        let worked = log.base.as_ref().and_then(|base| base.worked(mark));
+                        log.worked.extend(worked);
+                    }
                     shared.heard();
                     theirs.done.store(mark.seq, Ordering::Release);
                     shared.notifier.notify();
@@ -165,6 +233,18 @@ impl Watcher {
             // The thread ends after the last mark was sent.
             let _ = marks.send(mark);
         }
+    }
+
+    /// What was worked since this was called last, told from `base`.
+    pub(super) fn worked(&self, base: Option<Arc<Base>>) -> Vec<Worked> {
+        let mut log = self
+            .progress
+            .log
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        log.base = base;
+        self.progress.logs.store(true, Ordering::Relaxed);
+        std::mem::take(&mut log.worked)
     }
 
     /// Operations that are done.

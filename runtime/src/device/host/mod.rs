@@ -11,7 +11,7 @@ use super::{Device, Event, Span, Stream};
 use crate::Bytes;
 use crate::error::{Error, Result};
 use crate::operation::{HostContext, Launch};
-use crate::queue::{Notifier, WorkQueue};
+use crate::queue::{Notifier, WorkQueue, Worked};
 use crate::target::Target;
 
 mod memory;
@@ -169,7 +169,7 @@ impl Device for HostDevice {
         }
     }
 
-    fn query(&self, event: Event) -> Result<bool> {
+    fn query(&mut self, event: Event) -> Result<bool> {
         // Before the failures: what is done is done well only if there was none until then.
         let reached = self.streams[event.stream as usize].reached(event.seq);
         for stream in &self.streams {
@@ -195,5 +195,9 @@ impl Device for HostDevice {
 
     fn busy(&self, stream: Stream) -> Duration {
         self.streams[stream as usize].busy()
+    }
+
+    fn worked(&mut self, stream: Stream) -> Vec<Worked> {
+        self.streams[stream as usize].worked()
     }
 }
