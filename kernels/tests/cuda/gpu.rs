@@ -6,20 +6,20 @@ use forebay_kernels::cuda::{Element, Kernels, check, probe, sys};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-pub struct Gpu {
-    pub kernels: Kernels,
+pub(crate) struct Gpu {
+    pub(crate) kernels: Kernels,
     device: sys::CUdevice,
-    pub fault: Buffer,
+    pub(crate) fault: Buffer,
 }
 
 /// Device memory of a test.
-pub struct Buffer {
-    pub address: u64,
+pub(crate) struct Buffer {
+    pub(crate) address: u64,
     bytes: usize,
 }
 
 impl Buffer {
-    pub fn new(bytes: usize) -> Self {
+    pub(crate) fn new(bytes: usize) -> Self {
         let mut address = 0;
         let done = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(16)) };
         check("cuMemAlloc", done).unwrap();
@@ -29,14 +29,14 @@ impl Buffer {
         Self { address, bytes }
     }
 
-    pub fn of<T: Copy>(values: &[T]) -> Self {
+    pub(crate) fn of<T: Copy>(values: &[T]) -> Self {
         let all = Self::new(size_of_val(values));
         let done = unsafe { sys::cuMemcpyHtoD_v2(all.address, values.as_ptr().cast(), all.bytes) };
         check("cuMemcpyHtoD", done).unwrap();
         all
     }
 
-    pub fn get<T: Copy + Default>(&self) -> Vec<T> {
+    pub(crate) fn get<T: Copy + Default>(&self) -> Vec<T> {
         let mut values = vec![T::default(); self.bytes / size_of::<T>()];
         let done = unsafe {
             check("cuCtxSynchronize", sys::cuCtxSynchronize()).unwrap();
@@ -54,13 +54,13 @@ impl Drop for Buffer {
 }
 
 /// Values in the type under test, and what they are in f32.
-pub struct Values {
-    pub element: Element,
-    pub exact: Vec<f32>,
+pub(crate) struct Values {
+    pub(crate) element: Element,
+    pub(crate) exact: Vec<f32>,
 }
 
 impl Values {
-    pub fn on_device(&self) -> Buffer {
+    pub(crate) fn on_device(&self) -> Buffer {
         match self.element {
             Element::F32 => Buffer::of(&self.exact),
             Element::Bf16 => {
@@ -75,7 +75,7 @@ impl Values {
     }
 }
 
-pub fn floats(element: Element, buffer: &Buffer) -> Vec<f32> {
+pub(crate) fn floats(element: Element, buffer: &Buffer) -> Vec<f32> {
     match element {
         Element::F32 => buffer.get(),
         Element::Bf16 => {
@@ -87,15 +87,15 @@ pub fn floats(element: Element, buffer: &Buffer) -> Vec<f32> {
     }
 }
 
-pub struct Trial<'a> {
-    pub gpu: &'a Gpu,
-    pub element: Element,
-    pub workers: Workers,
-    pub random: ChaCha8Rng,
+pub(crate) struct Trial<'a> {
+    pub(crate) gpu: &'a Gpu,
+    pub(crate) element: Element,
+    pub(crate) workers: Workers,
+    pub(crate) random: ChaCha8Rng,
 }
 
 impl Trial<'_> {
-    pub fn queue(&self) -> Queue<'_> {
+    pub(crate) fn queue(&self) -> Queue<'_> {
         Queue {
             kernels: &self.gpu.kernels,
             stream: std::ptr::null_mut(),
@@ -103,7 +103,7 @@ impl Trial<'_> {
         }
     }
 
-    pub fn values(&mut self, n: usize, scale: f32) -> Values {
+    pub(crate) fn values(&mut self, n: usize, scale: f32) -> Values {
         let element = self.element;
         let exact = (0..n).map(|_| {
             let x = self.random.random_range(-scale..scale);
@@ -116,12 +116,12 @@ impl Trial<'_> {
         Values { element, exact }
     }
 
-    pub fn room(&self, n: usize) -> Buffer {
+    pub(crate) fn room(&self, n: usize) -> Buffer {
         Buffer::new(n * self.element.bytes())
     }
 
     /// ‖a-b‖/‖b‖ within what the type allows.
-    pub fn close(&self, what: &str, got: &[f32], wanted: &[f32]) {
+    pub(crate) fn close(&self, what: &str, got: &[f32], wanted: &[f32]) {
         self.within(
             what,
             got,
@@ -133,7 +133,7 @@ impl Trial<'_> {
         );
     }
 
-    pub fn within(&self, what: &str, got: &[f32], wanted: &[f32], limit: f64) {
+    pub(crate) fn within(&self, what: &str, got: &[f32], wanted: &[f32], limit: f64) {
         assert_eq!(got.len(), wanted.len(), "{what}");
         let (mut off, mut size) = (0.0f64, 0.0f64);
         for (a, b) in got.iter().zip(wanted) {
@@ -151,7 +151,7 @@ impl Trial<'_> {
 }
 
 /// Runs `test` in both types, or says that it did not.
-pub fn on_a_gpu(test: impl Fn(&mut Trial<'_>)) {
+pub(crate) fn on_a_gpu(test: impl Fn(&mut Trial<'_>)) {
     if let Err(error) = probe().and_then(|_| forebay_kernels::cuda::libraries()) {
         assert!(std::env::var_os("FOREBAY_REQUIRE_GPU").is_none(), "{error}");
         eprintln!("skipped: {error}");
