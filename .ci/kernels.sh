@@ -17,9 +17,10 @@ build() {
     local name=$1 arch=$2 fuse=$3 options=(-std=c++17 "-arch=$2" -cubin -Xptxas -v)
     shift 3
     [[ $fuse == true ]] || options+=(--fmad=false)
-    cat $cu/common.cuh "$@" "$cu/$name.cu" >"$out/$name.cu"
-    "$bin/nvcc" "${options[@]}" -o "$out/$name.$arch" "$out/$name.cu" >"$out/log" 2>&1 ||
-        { cat "$out/log"; echo "$name.cu does not compile for $arch"; exit 1; }
+    local text=$out/$arch-$name.cu log=$out/$arch-$name.log
+    cat $cu/common.cuh "$@" "$cu/$name.cu" >"$text"
+    "$bin/nvcc" "${options[@]}" -o "$out/$name.$arch" "$text" >"$log" 2>&1 ||
+        { cat "$log"; echo "$name.cu does not compile for $arch"; exit 1; }
     awk -v arch="$arch" '
         /Function properties for/ { kernel = $NF }
         /spill stores/ { for (i = 1; i < NF; i++) if ($(i + 2) == "spill" && $(i + 3) ~ /^stores/) spills = $i }
@@ -31,20 +32,24 @@ build() {
             }
             if (kernel != "") print arch, kernel, registers, shared, spills
             kernel = ""
-        }' "$out/log" >>"$out/table"
+        }' "$log" >>"$out/table-$arch"
 }
 
 # The names and whether products and sums may be fused, as the crate has them.
 sources=$(grep -oE 'source!\("[a-z_]+", (true|false)\)' kernels/src/cuda/kernels.rs | tr -d '(),"' | sed 's/source!//')
-for arch in sm_80 sm_90; do
-    while read -r name fuse; do build "$name" $arch "$fuse"; done <<<"$sources"
-    build attention_mma $arch true $cu/mma.cuh
-done
+every() {
+    local name fuse
+    while read -r name fuse; do build "$name" "$1" "$fuse"; done <<<"$sources"
+    build attention_mma "$1" true $cu/mma.cuh
+}
+every sm_80 &
+every sm_90
+wait $!
 built=$(($(wc -l <<<"$sources") + 1)) there=$(find $cu -name '*.cu' | wc -l)
 ((built == there)) || { echo "$there sources in $cu, $built of them compiled"; exit 1; }
 
 printf '%-6s %-34s %9s %7s %7s\n' arch kernel registers shared spills
-sort -k2,2 -k1,1 "$out/table" | while read -r arch kernel registers shared spills; do
+sort -k2,2 -k1,1 "$out"/table-* | while read -r arch kernel registers shared spills; do
     printf '%-6s %-34s %9s %7s %7s\n' "$arch" "$kernel" "$registers" "$shared" "$spills"
 done
-awk '$5 != 0 { print $2 " spills " $5 " bytes on " $1; bad = 1 } END { exit bad }' "$out/table"
+awk '$5 != 0 { print $2 " spills " $5 " bytes on " $1; bad = 1 } END { exit bad }' "$out"/table-*

@@ -201,14 +201,17 @@ pub unsafe fn rope(q: Queue<'_>, dims: RopeDims, x: u64, tokens: usize, way: Dir
     let batch = tokens / seq;
     let args = Args::new().with(x).with(seq as u32).with(batch as u32);
     let args = args.with(heads as u32).with(dims.head_dim as u32);
-    let mut args = args.with(dims.theta).with(sign);
-    let across = (half.next_power_of_two() as u32).clamp(1, 256);
-    let block = [across, 256 / across];
-    let splits = (batch * heads).div_ceil(block[1] as usize * 8) as u32;
-    let grid = [seq as u32, splits.max(1), 1];
+    let mut args = args.with(dims.theta.log2()).with(sign);
+    // Some 8 packs a thread, so that what a block does once for its position is little.
+    let packs = batch * heads * half.div_ceil(16 / q.element.bytes());
+    let splits = packs.div_ceil(256 * 8) as u32;
+    let (grid, shared) = ([seq as u32, splits.max(1), 1], 8 * half as u32);
     let name = ("rope", Some(q.element));
     // SAFETY: as `rope_float` takes them.
-    unsafe { q.kernels.launch(q.stream, name, grid, block, 0, &mut args) }
+    unsafe {
+        q.kernels
+            .launch(q.stream, name, grid, [256, 1], shared, &mut args)
+    }
 }
 
 /// Rows of a table, `[vocabulary, cols]`, by id.
@@ -261,7 +264,7 @@ pub unsafe fn embedding_backward(
     let mut args = args.with(dtable).with(tokens as u32).with(cols as u32);
     // SAFETY: as `embedding_chains` and `embedding_backward_float` take them.
     unsafe {
-        let grid = [tokens.div_ceil(256) as u32, 1, 1];
+        let grid = [tokens.div_ceil(8) as u32, 1, 1];
         let name = ("embedding_chains", None);
         q.kernels
             .launch(q.stream, name, grid, [256, 1], 0, &mut chains)?;
@@ -473,7 +476,7 @@ pub unsafe fn cast(q: Queue<'_>, from: u64, to: u64, n: usize) -> Done {
         Element::F32 => "cast_to_float",
     };
     let mut args = Args::new().with(from).with(to).with(n as u64);
-    let grid = q.kernels.blocks(n);
+    let grid = q.kernels.blocks(n.div_ceil(8));
     // SAFETY: as the kernel takes them.
     unsafe {
         q.kernels
