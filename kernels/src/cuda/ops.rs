@@ -29,8 +29,9 @@ pub(super) type Done = Result<(), CudaError>;
 
 /// Floats that one block of [`rms_norm_backward`] leaves for each column.
 const NORM_BLOCKS: u32 = 528;
-/// Bytes of logits that are held at a time.
-const LOGITS: usize = 128 << 20;
+/// Bytes of logits that are held at a time: with a vocabulary of 50,000, 1,024 tokens, whose products
+/// just fill a large GPU.
+const LOGITS: usize = 200 << 20;
 
 fn pieces(element: Element, n: usize) -> usize {
     n.div_ceil(16 / element.bytes())

@@ -134,10 +134,11 @@ impl Engine {
         let target = self.places.sums_target(section);
         // SAFETY: the slot is the gradient's; the sums of one section are on their way before those
         // of the next are made, in one stream; the target is this section's own.
-        let event = unsafe {
+        unsafe {
             self.device.launch(launch);
-            self.device.copy_out(Stream::Compute, sums, target)
-        };
+            self.device.copy_out(Stream::Compute, sums, target);
+        }
+        let event = self.device.newest(Stream::Compute);
         self.fly(task, Sign::Device(event));
         self.scheduler_mut().issued(task);
         Ok(())
