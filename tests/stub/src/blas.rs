@@ -72,6 +72,11 @@ unsafe fn destroy<T>(name: &'static str, value: *mut T) -> i32 {
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn cublasLtGetVersion() -> usize {
+    139_999
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn cublasLtCreate(handle: Place<*mut u64>) -> i32 {
     blas("cublasLtCreate", Needs::Device, |_| make(&handle, 0))
 }

@@ -100,6 +100,10 @@ pub(super) fn forward(call: &Call<'_>) -> Result<()> {
 }
 
 pub(super) fn delta(call: &Call<'_>) -> Result<()> {
+    delta_to(call, "to")
+}
+
+fn delta_to(call: &Call<'_>, place: &str) -> Result<()> {
     let n = Dims::of(call)?;
     let (out, dout) = (
         call.floats("out", 0, n.queries())?,
@@ -111,7 +115,7 @@ pub(super) fn delta(call: &Call<'_>) -> Result<()> {
         let (out, dout) = (&out[at..at + n.d], &dout[at..at + n.d]);
         to[n.row(batch, token, head)] = dot(out, dout);
     });
-    call.put("to", 0, &to)
+    call.put(place, 0, &to)
 }
 
 /// Gradients of q, k and v.
@@ -146,6 +150,11 @@ fn backward(call: &Call<'_>) -> Result<[Vec<f32>; 3]> {
 pub(super) fn backward_q(call: &Call<'_>) -> Result<()> {
     let [dq, ..] = backward(call)?;
     call.put("dq", 0, &dq)
+}
+
+pub(super) fn delta_and_backward_q(call: &Call<'_>) -> Result<()> {
+    delta_to(call, "delta")?;
+    backward_q(call)
 }
 
 pub(super) fn backward_kv(call: &Call<'_>) -> Result<()> {
