@@ -292,7 +292,8 @@ fn product(
         let (row, col) = (i % rows, i / rows);
         let x = &a[row * inner..(row + 1) * inner];
         let y = &b[col * inner..(col + 1) * inner];
-        let sum: f32 = x.iter().zip(y).map(|(x, y)| x * y).sum();
+        let products = x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y));
+        let sum = products.sum::<f64>() as f32;
         let before = if beta == 0.0 { 0.0 } else { beta * old[i] };
         *out = alpha * sum + before;
     }

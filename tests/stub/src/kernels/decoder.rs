@@ -183,8 +183,8 @@ pub(super) fn cross_entropy(call: &Call<'_>) -> Result<()> {
         let (mut loss, mut dlogits) = (0.0, vec![0.0; vocabulary]);
         if counts {
             let most = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f32 = z.iter().map(|z| (z - most).exp()).sum();
-            let lse = most + sum.ln();
+            let sum: f64 = z.iter().map(|z| f64::from((z - most).exp())).sum();
+            let lse = most + sum.ln() as f32;
             loss = lse - z[*target as usize];
             for (c, (d, z)) in dlogits.iter_mut().zip(&z).enumerate() {
                 let hot = if c == *target as usize { 1.0 } else { 0.0 };
@@ -201,6 +201,7 @@ pub(super) fn cross_entropy(call: &Call<'_>) -> Result<()> {
 
 pub(super) fn scaled_sum(call: &Call<'_>) -> Result<()> {
     let (n, scale) = (call.number("n")?, call.real("scale")? as f32);
-    let sum: f32 = call.floats("values", 0, n)?.iter().sum();
-    call.put("out", 0, &[scale * sum])
+    let values = call.floats("values", 0, n)?;
+    let sum: f64 = values.iter().map(|v| f64::from(*v)).sum();
+    call.put("out", 0, &[scale * sum as f32])
 }
