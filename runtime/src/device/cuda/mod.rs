@@ -441,7 +441,8 @@ impl CudaDevice {
             // SAFETY: a stream of this device. A device that is lost refuses at once, and touches
             // nothing any more.
             let asked = unsafe { sys::cuStreamQuery(lane.stream) };
-            asked != sys::CUresult::CUDA_ERROR_NOT_READY
+            // And all that it did is counted.
+            asked != sys::CUresult::CUDA_ERROR_NOT_READY && lane.watcher.done() >= lane.marked
         };
         let mut nap = Duration::from_micros(20);
         while !self.lanes.iter().all(ready) {
