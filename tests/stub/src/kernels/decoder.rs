@@ -97,12 +97,12 @@ pub(super) fn column_sums(call: &Call<'_>) -> Result<()> {
 pub(super) fn rope(call: &Call<'_>) -> Result<()> {
     let (seq, batch) = (call.number("seq")?, call.number("batch")?);
     let (heads, dim) = (call.number("heads")?, call.number("head_dim")?);
-    let (theta, sign, half) = (call.real("theta")?, call.real("sign")? as f32, dim / 2);
+    let (log2_theta, sign, half) = (call.real("log2_theta")?, call.real("sign")? as f32, dim / 2);
     let mut x = call.floats("x", 0, batch * seq * heads * dim)?;
     for (index, head) in x.chunks_mut(dim).enumerate() {
         let position = (index / heads % seq) as f32;
         for i in 0..half {
-            let frequency = theta.powf(-((2 * i) as f64) / dim as f64) as f32;
+            let frequency = (-((2 * i) as f64) / dim as f64 * log2_theta).exp2() as f32;
             let angle = f64::from(position * frequency);
             let (c, s) = (angle.cos() as f32, sign * angle.sin() as f32);
             let (a, b) = (head[i], head[i + half]);
