@@ -132,7 +132,7 @@ impl Setup {
         let start = Instant::now();
         let result = self.run(&disk, &mut bits);
         let took = start.elapsed();
-        assert!(took < Duration::from_secs(10), "{fault}: {took:?}");
+        assert!(took < Duration::from_secs(30), "{fault}: {took:?}");
         assert_eq!(bits, right[..bits.len()], "{fault}");
         assert_eq!(stub.number("violations"), 0, "{fault}");
         match &result {
@@ -342,7 +342,7 @@ fn a_device_that_is_lost_at_any_operation_leaves_a_generation_to_resume() {
 #[test]
 fn a_device_that_never_answers_is_given_up_in_bounded_time() {
     let test = "a_device_that_never_answers_is_given_up_in_bounded_time";
-    let Some(stub) = Stub::enter(test, &[("FOREBAY_DEVICE_PATIENCE", "0.4")]) else {
+    let Some(stub) = Stub::enter(test, &[("FOREBAY_DEVICE_PATIENCE", "1.5")]) else {
         return;
     };
     let setup = Setup::new(DType::F32, disk_only);
@@ -353,7 +353,7 @@ fn a_device_that_never_answers_is_given_up_in_bounded_time() {
         let before = stub.held();
         let error = setup.survives(&stub, &fault, &right).unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("has not answered for 400ms"), "{text}");
+        assert!(text.contains("has not answered for 1.5s"), "{text}");
         // It is the device's for good: given up, not given back.
         assert!(stub.held()[0] > before[0]);
     }

@@ -1,5 +1,5 @@
-// How a test runs under the stub of CUDA: again, in a process of its own, in which the loader finds the
-// stub under the names of CUDA's libraries. Shared by tests that cannot share a crate.
+//! How a test runs under the stub of CUDA: again, in a process of its own, in which the loader finds the
+//! stub under the names of CUDA's libraries. Shared by tests that cannot share a crate.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -60,10 +60,10 @@ pub(crate) fn run(
     let ended = loop {
         match child.try_wait().unwrap() {
             Some(status) => break status.success().then_some(()).ok_or("it failed"),
-            None if start.elapsed() > Duration::from_secs(300) => {
+            None if start.elapsed() > Duration::from_secs(120) => {
                 child.kill().unwrap();
                 child.wait().unwrap();
-                break Err("it did not end within 300 s");
+                break Err("it did not end within 120 s");
             }
             None => std::thread::sleep(Duration::from_millis(5)),
         }

@@ -84,8 +84,8 @@ fn attention_agrees() {
             );
             for (what, got, wanted) in [("dq", &dq, &hq), ("dk", &dk, &hk), ("dv", &dv, &hv)] {
                 let got = floats(t.element, got);
-                // A gradient that is zero everywhere (one token) has no relative error.
-                if wanted.iter().any(|x| x.abs() > 1e-6) {
+                // A gradient of nothing but rounding (one token) has no relative error.
+                if wanted.iter().any(|x| x.abs() > 1e-4) {
                     let limit = if t.element == Element::F32 {
                         1e-5
                     } else {

@@ -72,6 +72,11 @@ unsafe fn destroy<T>(name: &'static str, value: *mut T) -> i32 {
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn cublasLtGetVersion() -> usize {
+    139_999
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn cublasLtCreate(handle: Place<*mut u64>) -> i32 {
     blas("cublasLtCreate", Needs::Device, |_| make(&handle, 0))
 }
@@ -287,7 +292,8 @@ fn product(
         let (row, col) = (i % rows, i / rows);
         let x = &a[row * inner..(row + 1) * inner];
         let y = &b[col * inner..(col + 1) * inner];
-        let sum: f32 = x.iter().zip(y).map(|(x, y)| x * y).sum();
+        let products = x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y));
+        let sum = products.sum::<f64>() as f32;
         let before = if beta == 0.0 { 0.0 } else { beta * old[i] };
         *out = alpha * sum + before;
     }

@@ -378,8 +378,8 @@ impl Device for CudaDevice {
         self.mark_upto(event);
         // Before the failure: what is done is done well only if there was none until then.
         let reached = self.lanes[event.stream as usize].watcher.done() >= event.seq;
-        if !reached {
-            self.shared.silent(None);
+        if !reached && self.shared.overdue(None) && !self.answers() {
+            self.shared.give_up();
         }
         match self.shared.failure() {
             Some(failure) => Err(Error::Device {
@@ -413,6 +413,26 @@ impl Device for CudaDevice {
 }
 
 impl CudaDevice {
+    /// Asks the device itself, before it is given up: a process that was stopped for a while hears of
+    /// what was done meanwhile only when its threads run again.
+    fn answers(&self) -> bool {
+        self.context.bind();
+        let ended = |lane: &Lane| {
+            let done = lane.watcher.done();
+            let next = lane.pending.iter().find(|mark| mark.seq > done);
+            next.is_some_and(|mark| {
+                // SAFETY: an event of this device.
+                let asked = unsafe { sys::cuEventQuery(mark.end) };
+                asked != sys::CUresult::CUDA_ERROR_NOT_READY
+            })
+        };
+        let answers = self.lanes.iter().any(ended);
+        if answers {
+            self.shared.heard();
+        }
+        answers
+    }
+
     /// Waits until all streams are empty; false for a device that does not answer.
     fn ended(&self) -> bool {
         self.context.bind();
@@ -421,11 +441,15 @@ impl CudaDevice {
             // SAFETY: a stream of this device. A device that is lost refuses at once, and touches
             // nothing any more.
             let asked = unsafe { sys::cuStreamQuery(lane.stream) };
-            asked != sys::CUresult::CUDA_ERROR_NOT_READY
+            // And all that it did is counted.
+            asked != sys::CUresult::CUDA_ERROR_NOT_READY && lane.watcher.done() >= lane.marked
         };
         let mut nap = Duration::from_micros(20);
         while !self.lanes.iter().all(ready) {
-            if self.shared.silent(Some(start)) {
+            if self.shared.overdue(Some(start)) {
+                self.shared.give_up();
+            }
+            if self.shared.given_up() {
                 return false;
             }
             std::thread::sleep(nap);

@@ -68,20 +68,20 @@ impl Shared {
 
     /// Whether the device has been silent for longer than it is given, since `from` at the earliest.
     /// For one that is waited for.
-    pub(super) fn silent(&self, from: Option<Instant>) -> bool {
-        if self.given_up.load(Ordering::Relaxed) {
-            return true;
-        }
+    pub(super) fn overdue(&self, from: Option<Instant>) -> bool {
         let heard = Duration::from_nanos(self.heard_ns.load(Ordering::Relaxed));
         let silence = self.began.elapsed().saturating_sub(heard);
-        let waited = from.map_or(silence, |from| from.elapsed().min(silence));
-        if waited > self.patience {
-            self.given_up.store(true, Ordering::Relaxed);
-            self.fail(
-                "what was queued",
-                format!("it has not answered for {:?}", self.patience),
-            );
-        }
+        from.map_or(silence, |from| from.elapsed().min(silence)) > self.patience
+    }
+
+    /// Waits for the device no more.
+    pub(super) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+        let what = format!("it has not answered for {:?}", self.patience);
+        self.fail("what was queued", what);
+    }
+
+    pub(super) fn given_up(&self) -> bool {
         self.given_up.load(Ordering::Relaxed)
     }
 

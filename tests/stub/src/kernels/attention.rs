@@ -61,14 +61,20 @@ impl Dims {
     }
 }
 
+/// Sums are taken in f64, so that no order matters to the tolerances of the tests.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+    products.sum::<f64>() as f32
 }
 
-fn add(to: &mut [f32], factor: f32, from: &[f32]) {
+fn narrow(sums: &[f64]) -> Vec<f32> {
+    sums.iter().map(|sum| *sum as f32).collect()
+}
+
+fn add(to: &mut [f64], factor: f32, from: &[f32]) {
     to.iter_mut()
         .zip(from)
-        .for_each(|(to, x)| *to += factor * x);
+        .for_each(|(to, x)| *to += f64::from(factor) * f64::from(*x));
 }
 
 pub(super) fn forward(call: &Call<'_>) -> Result<()> {
@@ -78,7 +84,7 @@ pub(super) fn forward(call: &Call<'_>) -> Result<()> {
         call.floats("k", 0, n.keys())?,
         call.floats("v", 0, n.keys())?,
     );
-    let mut out = vec![0.0; n.queries()];
+    let mut out = vec![0.0f64; n.queries()];
     let mut lse = vec![0.0; n.queries() / n.d];
     n.each(|batch, head, token| {
         let at = n.query(batch, token, head);
@@ -88,18 +94,23 @@ pub(super) fn forward(call: &Call<'_>) -> Result<()> {
             .map(|t| dot(query, &k[key(t)..key(t) + n.d]) * n.scale())
             .collect();
         let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f32 = scores.iter().map(|s| (s - most).exp()).sum();
+        let sum: f64 = scores.iter().map(|s| f64::from((s - most).exp())).sum();
+        let sum = sum as f32;
         lse[n.row(batch, token, head)] = most + sum.ln();
         for (t, score) in scores.iter().enumerate() {
             let weight = (score - most).exp() / sum;
             add(&mut out[at..at + n.d], weight, &v[key(t)..key(t) + n.d]);
         }
     });
-    call.put("out", 0, &out)?;
+    call.put("out", 0, &narrow(&out))?;
     call.put("lse", 0, &lse)
 }
 
 pub(super) fn delta(call: &Call<'_>) -> Result<()> {
+    delta_to(call, "to")
+}
+
+fn delta_to(call: &Call<'_>, place: &str) -> Result<()> {
     let n = Dims::of(call)?;
     let (out, dout) = (
         call.floats("out", 0, n.queries())?,
@@ -111,7 +122,7 @@ pub(super) fn delta(call: &Call<'_>) -> Result<()> {
         let (out, dout) = (&out[at..at + n.d], &dout[at..at + n.d]);
         to[n.row(batch, token, head)] = dot(out, dout);
     });
-    call.put("to", 0, &to)
+    call.put(place, 0, &to)
 }
 
 /// Gradients of q, k and v.
@@ -125,8 +136,8 @@ fn backward(call: &Call<'_>) -> Result<[Vec<f32>; 3]> {
     let dout = call.floats("dout", 0, n.queries())?;
     let rows = n.queries() / n.d;
     let (lse, delta) = (call.floats("lse", 0, rows)?, call.floats("delta", 0, rows)?);
-    let mut dq = vec![0.0; n.queries()];
-    let (mut dk, mut dv) = (vec![0.0; n.keys()], vec![0.0; n.keys()]);
+    let mut dq = vec![0.0f64; n.queries()];
+    let (mut dk, mut dv) = (vec![0.0f64; n.keys()], vec![0.0f64; n.keys()]);
     n.each(|batch, head, token| {
         let (at, row) = (n.query(batch, token, head), n.row(batch, token, head));
         let (query, dout) = (&q[at..at + n.d], &dout[at..at + n.d]);
@@ -140,12 +151,17 @@ fn backward(call: &Call<'_>) -> Result<[Vec<f32>; 3]> {
             add(&mut dv[key..key + n.d], p, dout);
         }
     });
-    Ok([dq, dk, dv])
+    Ok([dq, dk, dv].map(|sums| narrow(&sums)))
 }
 
 pub(super) fn backward_q(call: &Call<'_>) -> Result<()> {
     let [dq, ..] = backward(call)?;
     call.put("dq", 0, &dq)
+}
+
+pub(super) fn delta_and_backward_q(call: &Call<'_>) -> Result<()> {
+    delta_to(call, "delta")?;
+    backward_q(call)
 }
 
 pub(super) fn backward_kv(call: &Call<'_>) -> Result<()> {

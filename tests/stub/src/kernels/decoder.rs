@@ -97,12 +97,12 @@ pub(super) fn column_sums(call: &Call<'_>) -> Result<()> {
 pub(super) fn rope(call: &Call<'_>) -> Result<()> {
     let (seq, batch) = (call.number("seq")?, call.number("batch")?);
     let (heads, dim) = (call.number("heads")?, call.number("head_dim")?);
-    let (theta, sign, half) = (call.real("theta")?, call.real("sign")? as f32, dim / 2);
+    let (log2_theta, sign, half) = (call.real("log2_theta")?, call.real("sign")? as f32, dim / 2);
     let mut x = call.floats("x", 0, batch * seq * heads * dim)?;
     for (index, head) in x.chunks_mut(dim).enumerate() {
         let position = (index / heads % seq) as f32;
         for i in 0..half {
-            let frequency = theta.powf(-((2 * i) as f64) / dim as f64) as f32;
+            let frequency = (-((2 * i) as f64) / dim as f64 * log2_theta).exp2() as f32;
             let angle = f64::from(position * frequency);
             let (c, s) = (angle.cos() as f32, sign * angle.sin() as f32);
             let (a, b) = (head[i], head[i + half]);
@@ -183,8 +183,8 @@ pub(super) fn cross_entropy(call: &Call<'_>) -> Result<()> {
         let (mut loss, mut dlogits) = (0.0, vec![0.0; vocabulary]);
         if counts {
             let most = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f32 = z.iter().map(|z| (z - most).exp()).sum();
-            let lse = most + sum.ln();
+            let sum: f64 = z.iter().map(|z| f64::from((z - most).exp())).sum();
+            let lse = most + sum.ln() as f32;
             loss = lse - z[*target as usize];
             for (c, (d, z)) in dlogits.iter_mut().zip(&z).enumerate() {
                 let hot = if c == *target as usize { 1.0 } else { 0.0 };
@@ -201,6 +201,7 @@ pub(super) fn cross_entropy(call: &Call<'_>) -> Result<()> {
 
 pub(super) fn scaled_sum(call: &Call<'_>) -> Result<()> {
     let (n, scale) = (call.number("n")?, call.real("scale")? as f32);
-    let sum: f32 = call.floats("values", 0, n)?.iter().sum();
-    call.put("out", 0, &[scale * sum])
+    let values = call.floats("values", 0, n)?;
+    let sum: f64 = values.iter().map(|v| f64::from(*v)).sum();
+    call.put("out", 0, &[scale * sum as f32])
 }

@@ -1,5 +1,5 @@
 //! What each kernel computes, by name: the one table to extend. Types come from the kernel's own
-//! signature, so one entry serves `name`, `name_float` and `name_bf16`; arguments are asked for by the
+//! signature, so one entry serves `name`, `name_float`, `name_bf16` and `name_64`; arguments are asked for by the
 //! names that the CUDA source gives them.
 
 mod arguments;
@@ -15,13 +15,16 @@ use crate::source::Signature;
 
 type Kernel = fn(&Call<'_>) -> Result<()>;
 
-const TABLE: [(&str, Kernel); 23] = [
+const TABLE: [(&str, Kernel); 26] = [
     ("adamw", optimizer::adamw),
     ("add", decoder::add),
     ("attention", attention::forward),
     ("attention_backward_kv", attention::backward_kv),
     ("attention_backward_q", attention::backward_q),
     ("attention_delta", attention::delta),
+    ("attention_mma", attention::forward),
+    ("attention_mma_backward_kv", attention::backward_kv),
+    ("attention_mma_backward_q", attention::delta_and_backward_q),
     ("cast_to_bf16", optimizer::cast),
     ("cast_to_float", optimizer::cast),
     ("column_sums", decoder::column_sums),
@@ -47,9 +50,13 @@ fn find(name: &str) -> Option<Kernel> {
         if let Some((_, kernel)) = TABLE.iter().find(|(known, _)| *known == name) {
             return Some(*kernel);
         }
-        // Without its types.
-        let shorter = name.strip_suffix("_float").or(name.strip_suffix("_bf16"));
-        name = shorter?;
+        // Without its types and sizes.
+        let (shorter, last) = name.rsplit_once('_')?;
+        let sized = last.parse::<u32>().is_ok();
+        if !(sized || ["float", "bf16"].contains(&last)) {
+            return None;
+        }
+        name = shorter;
     }
 }
 

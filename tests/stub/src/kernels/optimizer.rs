@@ -27,19 +27,20 @@ pub(super) fn adamw(call: &Call<'_>) -> Result<()> {
     call.put("param", 0, &master)
 }
 
+/// Pieces, a block each, of 16 strands of 16 lanes.
 pub(super) fn square_sum(call: &Call<'_>) -> Result<()> {
-    let (n, piece) = (call.number("n")?, call.number("piece")?);
-    // The two kernels of this name call their input differently.
-    let values = call.floats("x", 0, n).or(call.floats("values", 0, n))?;
-    let sum = |block: usize| {
-        let range = (block * piece).min(n)..((block + 1) * piece).min(n);
-        let mut lanes = [0.0f64; 8];
-        for (i, x) in values[range].iter().enumerate() {
-            lanes[i % 8] += f64::from(*x) * f64::from(*x);
+    let (n, strand) = (call.number("n")?, call.number("strand")?);
+    let x = call.floats("x", 0, n)?;
+    let sum_of = |at: usize| {
+        let range = (at * strand).min(n)..((at + 1) * strand).min(n);
+        let mut lanes = [0.0f64; 16];
+        for (i, x) in x[range].iter().enumerate() {
+            lanes[i % 16] += f64::from(*x) * f64::from(*x);
         }
-        lanes.iter().sum()
+        lanes.iter().fold(0.0, |sum, lane| sum + lane)
     };
-    let sums: Vec<f64> = (0..call.blocks()).map(sum).collect();
+    let piece = |block: usize| (0..16).fold(0.0, |sum, s| sum + sum_of(block * 16 + s));
+    let sums: Vec<f64> = (0..call.blocks()).map(piece).collect();
     call.put_doubles("sums", &sums)
 }
 
