@@ -45,6 +45,13 @@ pub trait Operation: Copy + Send + 'static {
     /// Its name, for errors and traces.
     fn name(&self) -> &'static str;
 
+    /// The output, by its place, that it can set instead of adding to it: a gradient of a weight, where
+    /// nothing was added to it yet ([`CudaArgs::fresh`] and [`HostArgs::fresh`] say so then). Gradients that
+    /// nobody sets are zeroed before they are added to.
+    fn sets(&self) -> Option<usize> {
+        None
+    }
+
     /// Runs on the host device, on the compute stream's thread.
     ///
     /// # Errors
@@ -107,9 +114,15 @@ pub struct DeviceSlice {
 pub struct CudaArgs<'a> {
     inputs: std::slice::Iter<'a, View>,
     outputs: std::slice::Iter<'a, View>,
+    fresh: bool,
 }
 
 impl CudaArgs<'_> {
+    /// Whether the output that [`Operation::sets`] names holds nothing yet, and must be set.
+    pub fn fresh(&self) -> bool {
+        self.fresh
+    }
+
     /// The next input.
     ///
     /// # Errors
@@ -167,10 +180,16 @@ impl Element for half::bf16 {
 pub struct HostArgs<'a> {
     inputs: std::slice::Iter<'a, View>,
     outputs: std::slice::Iter<'a, View>,
+    fresh: bool,
     memory: PhantomData<&'a mut [u8]>,
 }
 
 impl<'a> HostArgs<'a> {
+    /// Whether the output that [`Operation::sets`] names holds nothing yet, and must be set.
+    pub fn fresh(&self) -> bool {
+        self.fresh
+    }
+
     /// The next input.
     ///
     /// # Errors
@@ -226,6 +245,9 @@ pub(crate) struct Launch {
     outputs: u8,
     /// Where bf16 tensors are widened for the host device's operations, if they are.
     room: Option<u64>,
+    /// The output that it can set, and whether it is to.
+    sets: Option<u8>,
+    fresh: bool,
 }
 
 impl Launch {
@@ -287,6 +309,8 @@ impl Launch {
             inputs: inputs.len() as u8,
             outputs: outputs.len() as u8,
             room: None,
+            sets: operation.sets().map(|output| output as u8),
+            fresh: false,
         };
         // SAFETY: size and alignment were checked above.
         unsafe { launch.payload.as_mut_ptr().cast::<O>().write(operation) };
@@ -300,6 +324,19 @@ impl Launch {
 
     pub(crate) fn views(&self) -> impl Iterator<Item = &View> {
         self.slices().0.iter().chain(self.slices().1)
+    }
+
+    /// The output that it can set, if that is exactly this place.
+    pub(crate) fn can_set(&self, address: u64, bytes: u64) -> bool {
+        let output = self
+            .sets
+            .and_then(|output| self.slices().1.get(usize::from(output)));
+        output.is_some_and(|view| view.address == address && view.bytes() == bytes)
+    }
+
+    /// Has it set that output.
+    pub(crate) fn set_fresh(&mut self) {
+        self.fresh = true;
     }
 
     fn slices(&self) -> (&[View], &[View]) {
@@ -385,6 +422,7 @@ impl Launch {
         let args = HostArgs {
             inputs: inputs.iter(),
             outputs: outputs.iter(),
+            fresh: self.fresh,
             memory: PhantomData,
         };
         // SAFETY: `new` stored the operation that `host` was made for; views by our contract.
@@ -401,6 +439,7 @@ impl Launch {
         let args = CudaArgs {
             inputs: inputs.iter(),
             outputs: outputs.iter(),
+            fresh: self.fresh,
         };
         // SAFETY: `new` stored the operation that `cuda` was made for; views by our contract.
         unsafe { (self.cuda)(self.payload.as_ptr().cast(), cx, args) }

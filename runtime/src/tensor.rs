@@ -7,6 +7,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use crate::device::Span;
 use crate::error::{Error, Result};
 
 /// The type of a tensor's elements.
@@ -104,6 +105,13 @@ pub(crate) struct View {
 }
 
 impl View {
+    pub(crate) fn span(&self) -> Span {
+        Span {
+            address: self.address,
+            bytes: self.bytes(),
+        }
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         (self.shape.elements() * self.dtype.bytes()) as u64
     }

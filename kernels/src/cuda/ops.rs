@@ -334,7 +334,7 @@ pub unsafe fn linear_dx(
     }
 }
 
-/// `dweight += dyᵀ · x`, in f32.
+/// `dweight = dyᵀ · x`, in f32, set or added to.
 ///
 /// # Safety
 /// See [`add`].
@@ -342,6 +342,7 @@ pub unsafe fn linear_dw(
     q: Queue<'_>,
     (t, n, k): (usize, usize, usize),
     [x, dy, dweight]: [u64; 3],
+    add: bool,
     scratch: u64,
 ) -> Done {
     let product = Product {
@@ -350,7 +351,7 @@ pub unsafe fn linear_dw(
         pitch: (n, k, k),
         element: q.element,
         result: Element::F32,
-        add: true,
+        add,
     };
     // SAFETY: by the contract above.
     unsafe {
@@ -380,8 +381,16 @@ pub fn cross_entropy_scratch(element: Element, dims: ClassifierDims) -> usize {
         + 4 * dims.tokens
 }
 
-/// The classifier with its loss: see [`crate::cpu::ops::cross_entropy`]. `grads` are dx (set) and
-/// dweight (f32, added to).
+/// Where the gradients of [`cross_entropy`] go.
+#[derive(Clone, Copy, Debug)]
+pub struct ClassifierGrads {
+    /// dx (set), and dweight in f32.
+    pub grads: [u64; 2],
+    /// Whether dweight is added to, or set.
+    pub add: bool,
+}
+
+/// The classifier with its loss: see [`crate::cpu::ops::cross_entropy`].
 ///
 /// # Safety
 /// See [`add`].
@@ -391,7 +400,7 @@ pub unsafe fn cross_entropy(
     [x, weight, targets]: [u64; 3],
     scale: f32,
     loss: u64,
-    grads: Option<[u64; 2]>,
+    grads: Option<ClassifierGrads>,
     scratch: u64,
 ) -> Done {
     let (tile, pitch) = classifier_tile(dims);
@@ -435,7 +444,10 @@ pub unsafe fn cross_entropy(
             let grid = [tokens as u32, 1, 1];
             q.kernels
                 .launch(q.stream, name, grid, [1024, 1], 0, &mut args)?;
-            let Some([dx, dweight]) = grads else { continue };
+            let Some(ClassifierGrads { grads, add }) = grads else {
+                continue;
+            };
+            let [dx, dweight] = grads;
             let for_x = Product {
                 size: (tokens, hidden, vocabulary),
                 transposed: (false, false),
@@ -450,7 +462,7 @@ pub unsafe fn cross_entropy(
                 transposed: (true, false),
                 pitch: (pitch, hidden, hidden),
                 result: Element::F32,
-                add: true,
+                add: add || start > 0,
                 ..for_x
             };
             let all = [dlogits, x + row, dweight];

@@ -198,9 +198,16 @@ fn products_agree() {
             let mut wanted = vec![1.0f32; n * k];
             let dw = Buffer::of(&wanted);
             let all = [xd.address, dyd.address, dw.address];
-            unsafe { ops::linear_dw(q, dims, all, room.address).unwrap() };
+            unsafe { ops::linear_dw(q, dims, all, true, room.address).unwrap() };
             host::linear_dw(&t.workers, dims, &x.exact, &dy.exact, &mut wanted);
             t.within("linear dw", &dw.get::<f32>(), &wanted, 1e-5);
+            // Set, over anything.
+            let dw = Buffer::of(&vec![f32::NAN; n * k]);
+            let all = [xd.address, dyd.address, dw.address];
+            unsafe { ops::linear_dw(q, dims, all, false, room.address).unwrap() };
+            wanted.fill(0.0);
+            host::linear_dw(&t.workers, dims, &x.exact, &dy.exact, &mut wanted);
+            t.within("linear dw, set", &dw.get::<f32>(), &wanted, 1e-5);
         }
     });
 }
@@ -208,7 +215,9 @@ fn products_agree() {
 #[test]
 fn the_classifier_agrees() {
     on_a_gpu(|t| {
-        for (tokens, hidden, vocabulary) in [(1, 8, 3), (37, 24, 101), (300, 128, 1003)] {
+        for (tokens, hidden, vocabulary) in
+            [(1, 8, 3), (37, 24, 101), (300, 128, 1003), (1100, 8, 50304)]
+        {
             let dims = host::ClassifierDims {
                 tokens,
                 hidden,
@@ -252,7 +261,8 @@ fn the_classifier_agrees() {
                 Buffer::new(ops::cross_entropy_scratch(t.element, dims)),
             );
             let from = [xd.address, wd.address, td.address];
-            let to = Some([dxd.address, dwd.address]);
+            let grads = [dxd.address, dwd.address];
+            let to = Some(ops::ClassifierGrads { grads, add: true });
             unsafe {
                 ops::cross_entropy(t.queue(), dims, from, scale, ld.address, to, room.address)
                     .unwrap();

@@ -48,6 +48,11 @@ pub(crate) struct Event {
 }
 
 impl Span {
+    /// Whether the two share a byte.
+    pub(crate) fn overlaps(&self, other: Span) -> bool {
+        self.address < other.address + other.bytes && other.address < self.address + self.bytes
+    }
+
     /// Whether `other` lies inside.
     pub(crate) fn contains(&self, other: Span) -> bool {
         other.address >= self.address

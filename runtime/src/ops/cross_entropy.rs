@@ -23,14 +23,20 @@ impl Operation for CrossEntropy {
         "cross_entropy"
     }
 
+    fn sets(&self) -> Option<usize> {
+        self.grads.then_some(3)
+    }
+
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let fresh = args.fresh();
         let (x, weight, targets) = (args.input()?, args.input()?, args.input()?);
         let (loss, scratch) = (args.output::<f32>()?, args.output()?);
         let grads = if self.grads {
-            Some(host::ClassifierGrads {
-                dx: args.output()?,
-                dweight: args.output()?,
-            })
+            let (dx, dweight) = (args.output()?, args.output::<f32>()?);
+            if fresh {
+                dweight.fill(0.0);
+            }
+            Some(host::ClassifierGrads { dx, dweight })
         } else {
             None
         };
@@ -41,10 +47,12 @@ impl Operation for CrossEntropy {
     }
 
     fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
+        let add = !args.fresh();
         let (x, weight, targets) = (args.input()?, args.input()?, args.input()?);
         let (loss, scratch) = (args.output()?, args.output()?);
         let grads = if self.grads {
-            Some([args.output()?.address, args.output()?.address])
+            let grads = [args.output()?.address, args.output()?.address];
+            Some(cuda::ClassifierGrads { grads, add })
         } else {
             None
         };

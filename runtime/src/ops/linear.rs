@@ -32,7 +32,12 @@ impl Operation for Linear {
         }
     }
 
+    fn sets(&self) -> Option<usize> {
+        matches!(self.which, Which::Dw).then_some(0)
+    }
+
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
+        let fresh = args.fresh();
         let (a, b) = (args.input::<f32>()?, args.input::<f32>()?);
         let out = args.output::<f32>()?;
         match self.which {
@@ -40,13 +45,19 @@ impl Operation for Linear {
             Which::Dx(assign) => {
                 host::linear_dx(&cx.workers, self.dims, a, b, out, assign == Assign::Add);
             }
-            Which::Dw => host::linear_dw(&cx.workers, self.dims, a, b, out),
+            Which::Dw => {
+                if fresh {
+                    out.fill(0.0);
+                }
+                host::linear_dw(&cx.workers, self.dims, a, b, out);
+            }
         }
         Ok(())
     }
 
     fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
         let (a, b) = (args.input()?, args.input()?);
+        let add = !args.fresh();
         let (out, scratch) = (args.output()?, args.output()?);
         let (q, d) = (cx.queue(a.dtype), self.dims);
         let (all, room) = ([a.address, b.address, out.address], scratch.address);
@@ -55,7 +66,7 @@ impl Operation for Linear {
             match self.which {
                 Which::Forward => cuda::linear(q, d, all[0], all[1], all[2], room),
                 Which::Dx(assign) => cuda::linear_dx(q, d, all, assign == Assign::Add, room),
-                Which::Dw => cuda::linear_dw(q, d, all, room),
+                Which::Dw => cuda::linear_dw(q, d, all, add, room),
             }
         })
     }

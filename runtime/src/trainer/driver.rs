@@ -26,6 +26,8 @@ impl Driver for Engine {
     fn leave(&mut self, stage: StageId) {
         if let Some((id, task)) = self.stage.filter(|(id, _)| *id == stage) {
             debug_assert_eq!(id, stage);
+            // What nothing was added to is zero.
+            self.zero_unwritten(|_| true);
             self.cast_gradients(stage, task);
             let event = self.device.newest(Stream::Compute);
             self.fly(task, Sign::Device(event));
@@ -68,7 +70,8 @@ impl Driver for Engine {
         claim.map_or(0, |claim| self.slot(plan, task.step, claim))
     }
 
-    fn launch(&mut self, launch: Launch) -> Result<()> {
+    fn launch(&mut self, mut launch: Launch) -> Result<()> {
+        self.begin_gradients(&mut launch);
         // SAFETY: views come from leases and frames: inside device memory; outputs overlap nothing
         // (checked by `Launch::new`); and the scheduler keeps copies off what a stage uses.
         unsafe { self.device.launch(launch) };
@@ -76,6 +79,7 @@ impl Driver for Engine {
     }
 
     fn copy(&mut self, from: View, to: Span) -> Result<()> {
+        self.zero_unwritten(|span| span.overlaps(from.span()) || span.overlaps(to));
         // SAFETY: as for `launch`: a checkpoint's slot and a tensor of the stage.
         unsafe { self.device.copy(from.address, to) };
         Ok(())
@@ -111,6 +115,7 @@ impl Driver for Engine {
     }
 
     fn read(&mut self, from: View, out: &mut [f32]) -> Result<()> {
+        self.zero_unwritten(|span| span.overlaps(from.span()));
         let piece = READ_BYTES as usize / 4;
         for (index, out) in out.chunks_mut(piece).enumerate() {
             let address = from.address + (index * piece * 4) as u64;
@@ -172,15 +177,66 @@ impl Engine {
         self.order(Stream::Compute, task);
         self.stage = Some((stage, task));
         let plan = Arc::clone(self.scheduler().plan());
-        for grad in &plan.stages()[stage.0 as usize].grads {
-            if grad.first {
-                let address = self.slot(&plan, task.step, grad.slot);
-                let bytes = 4 * self.model.sections[grad.section.0 as usize].elements();
-                // SAFETY: the slot was just claimed for this gradient.
-                unsafe { self.device.zero(Span { address, bytes }) };
-            }
+        for grad in plan.stages()[stage.0 as usize]
+            .grads
+            .iter()
+            .filter(|grad| grad.first)
+        {
+            let address = self.slot(&plan, task.step, grad.slot);
+            self.expect_gradient(address, grad.section);
         }
         Ok(())
+    }
+
+    /// A gradient slot that nothing was added to yet: its tensors are to be set by the first operation
+    /// that adds to them, or zeroed before it; what lies between them is zero.
+    fn expect_gradient(&mut self, slot: u64, section: SectionId) {
+        let model = Arc::clone(&self.model);
+        let section = &model.sections[section.0 as usize];
+        let mut end = slot;
+        let all = slot + 4 * section.elements();
+        for (start, tensor) in section.places() {
+            let tensor = Span {
+                address: slot + 4 * start as u64,
+                bytes: 4 * tensor.shape.elements() as u64,
+            };
+            self.zero(end, tensor.address);
+            self.unwritten.push(tensor);
+            end = tensor.address + tensor.bytes;
+        }
+        self.zero(end, all);
+    }
+
+    fn zero(&mut self, address: u64, end: u64) {
+        let bytes = end - address;
+        if bytes > 0 {
+            // SAFETY: of a slot that was claimed for this gradient; nobody has used it yet.
+            unsafe { self.device.zero(Span { address, bytes }) };
+        }
+    }
+
+    fn zero_unwritten(&mut self, which: impl Fn(Span) -> bool) {
+        let mut index = 0;
+        while let Some(span) = self.unwritten.get(index).copied() {
+            if which(span) {
+                self.unwritten.swap_remove(index);
+                self.zero(span.address, span.address + span.bytes);
+            } else {
+                index += 1;
+            }
+        }
+    }
+
+    /// Gradients that an operation is the first to touch: it sets them where it can.
+    fn begin_gradients(&mut self, launch: &mut Launch) {
+        let set = |span: &Span| launch.can_set(span.address, span.bytes);
+        if let Some(index) = self.unwritten.iter().position(set) {
+            self.unwritten.swap_remove(index);
+            launch.set_fresh();
+        }
+        if !self.unwritten.is_empty() {
+            self.zero_unwritten(|span| launch.views().any(|view| span.overlaps(view.span())));
+        }
     }
 
     /// Gradients that are whole now leave in the model's type.

@@ -19,7 +19,7 @@ use super::places::{Places, SlabPlace};
 use super::telemetry::Telemetry;
 use super::trace::Trace;
 use super::update::{self, Optimizer, Run, StepScalars};
-use crate::device::{Device, Event, Stream};
+use crate::device::{Device, Event, Span, Stream};
 use crate::error::{Error, Result};
 use crate::model::{Model, StageId};
 use crate::queue::{Notifier, Seq, WorkQueue};
@@ -105,6 +105,8 @@ pub(crate) struct Engine {
     pub(super) loss: Option<Event>,
     pub(super) input_used: u64,
     pub(super) input_last: [Option<Event>; 2],
+    /// Tensors of gradients that nothing was added to yet, of the stage that was entered.
+    pub(super) unwritten: Vec<Span>,
     pub(super) failed: Option<String>,
     pub(super) telemetry: Telemetry,
     pub(super) trace: Option<Trace>,
@@ -156,6 +158,7 @@ impl Engine {
             loss: None,
             input_used: 0,
             input_last: [None; 2],
+            unwritten: Vec::with_capacity(64),
             failed: None,
             trace: parts.trace,
             device,

@@ -105,7 +105,7 @@ fn product(all: &mut Vec<Case>, dims: (usize, usize, usize), forward: u32, backw
         launches: backward,
         run: Box::new(move |q, &[x, dy, dw, room, ..]| {
             // SAFETY: as for `linear`; the gradient is f32.
-            unsafe { ops::linear_dw(q, dims, [x, dy, dw], room) }
+            unsafe { ops::linear_dw(q, dims, [x, dy, dw], false, room) }
         }),
     });
 }
@@ -312,7 +312,9 @@ fn ends(s: Shapes, all: &mut Vec<Case>) {
         run: Box::new(move |q, &[x, w, targets, loss, dx, dw, room, ..]| {
             // SAFETY: as for `linear`; the weight's gradient is f32.
             unsafe {
-                ops::cross_entropy(q, dims, [x, w, targets], scale, loss, Some([dx, dw]), room)
+                let (grads, add) = ([dx, dw], false);
+                let grads = Some(ops::ClassifierGrads { grads, add });
+                ops::cross_entropy(q, dims, [x, w, targets], scale, loss, grads, room)
             }
         }),
     });
