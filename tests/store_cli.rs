@@ -349,7 +349,7 @@ fn bench_measures_a_disk_and_refuses_what_makes_no_sense() {
         (&["--block", "100KiB"][..], "give 256KiB"),
         (&["--size", "1MiB"], "at least 256MiB"),
         (&["--mix", "0:0"], "READS:WRITES"),
-        (&["--block", "64MiB", "--depth", "64"], "128MiB"),
+        (&["--block", "4MiB", "--depth", "64"], "128MiB"),
         (&["--disk", "/nowhere"], "/nowhere"),
     ] {
         let mut all = vec!["bench", "nvme", "--disk", &disk];
