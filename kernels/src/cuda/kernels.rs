@@ -116,8 +116,21 @@ impl Kernels {
                 as usize,
             fault,
         };
-        for source in &SOURCES {
-            all.load(source)?;
+        // At the first use ever they are compiled, which takes seconds each.
+        let images = std::thread::scope(|scope| {
+            let arch = &all.arch;
+            let images = SOURCES
+                .each_ref()
+                .map(|source| scope.spawn(|| image(source, arch)));
+            images.map(std::thread::ScopedJoinHandle::join)
+        });
+        for (source, image) in SOURCES.iter().zip(images) {
+            let died = |_| CudaError::Compile {
+                file: source.file.to_owned(),
+                arch: all.arch.clone(),
+                log: "the compiler's thread died".to_owned(),
+            };
+            all.load(source, &image.map_err(died)??)?;
         }
         Ok(all)
     }
@@ -132,11 +145,11 @@ impl Kernels {
             return Ok(());
         }
         let fuse = true;
-        self.load(&Source { file, text, fuse })
+        let source = Source { file, text, fuse };
+        self.load(&source, &image(&source, &self.arch)?)
     }
 
-    fn load(&self, source: &Source) -> Result<(), CudaError> {
-        let image = image(source, &self.arch)?;
+    fn load(&self, source: &Source, image: &[u8]) -> Result<(), CudaError> {
         let mut module = std::ptr::null_mut();
         // SAFETY: an image that NVRTC made, whole (its sum was checked), in the current context.
         let result =

@@ -86,6 +86,7 @@ __device__ void forward(const T* q, const T* k, const T* v, T* out, float* lse, 
             u32 c = lane + 8 * j;
             if (c < n.d) {
                 float a = acc[j] * keep;
+#pragma unroll 4
                 for (u32 x = 0; x < ROWS; x++) a += s[r * (ROWS + 1) + x] * sv[x * pad + c];
                 acc[j] = a;
             }
@@ -157,6 +158,7 @@ __device__ void backward_q(const T* q, const T* k, const T* v, const float* lse,
             u32 c = lane + 8 * j;
             if (c < n.d) {
                 float a = acc[j];
+#pragma unroll 4
                 for (u32 x = 0; x < ROWS; x++) a += t[r * (ROWS + 1) + x] * sk[x * pad + c];
                 acc[j] = a;
             }
@@ -203,6 +205,7 @@ __device__ void backward_kv(const T* q, const T* k, const T* v, const float* lse
                 u32 c = lane + 8 * j;
                 if (c < n.d) {
                     float a = ak[j], b = av[j];
+#pragma unroll 4
                     for (u32 x = 0; x < ROWS; x++) {
                         a += t[x * (ROWS + 1) + r] * sq[x * pad + c];
                         b += s[x * (ROWS + 1) + r] * so[x * pad + c];
