@@ -98,8 +98,9 @@ impl Driver for Engine {
         place.copy_from_slice(bytes);
         self.input_used += bytes.len() as u64;
         // SAFETY: this half is written again only after the event; `to` is scratch of this step.
-        let event = unsafe { self.device.copy_in(Stream::Compute, to, place.as_ptr()) };
-        self.input_last[half] = Some(event);
+        unsafe { self.device.copy_in(Stream::Compute, to, place.as_ptr()) };
+        // A mark of its own: what comes next on the stream may come much later.
+        self.input_last[half] = Some(self.device.newest(Stream::Compute));
         Ok(())
     }
 

@@ -312,7 +312,8 @@ impl Engine {
         let plan = Arc::clone(self.scheduler().plan());
         let spec = plan.task(task.id);
         if self.pass == Pass::Train {
-            self.telemetry.done(spec, self.device.busy(Stream::Compute));
+            let busy = self.device.busy(Stream::Compute);
+            self.telemetry.done(task.step, spec, busy);
         }
         self.scheduler_mut().done(task);
     }

@@ -211,7 +211,6 @@ pub(super) fn report(trainer: &Trainer) -> Report {
     let used = engine.placement.device_bytes() - engine.places.scratch.bytes;
     let mut times = telemetry.step_seconds.clone();
     times.sort_by(f64::total_cmp);
-    let steps = telemetry.steps.max(1) as f64;
     Report {
         publish: trainer.publish,
         device: engine.device.name(),
@@ -236,7 +235,7 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         step_s: times.get(times.len() / 2).copied().unwrap_or(0.0),
         waited_s: telemetry.waited.as_secs_f64(),
         traffic: Traffic::of(engine.plan()),
-        stage_s: telemetry.stage_seconds.iter().map(|s| s / steps).collect(),
+        stage_s: telemetry.stage_means(),
         disk_stats: stats,
         plan: std::sync::Arc::clone(engine.plan()),
     }

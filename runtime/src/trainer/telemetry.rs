@@ -9,8 +9,9 @@ use forebay_prefetch::{LANES, Plan, Task, TaskKind};
 pub(super) struct Telemetry {
     /// Bytes (or elements) moved, by lane.
     pub(super) moved: [u64; LANES.len()],
-    /// Seconds of compute, by stage, summed over steps.
-    pub(super) stage_seconds: Vec<f64>,
+    /// Seconds of compute, by stage: of the first step, in which much is done for the first time, and
+    /// summed over the others.
+    stage_seconds: [Vec<f64>; 2],
     /// When each step's end was seen, kept as sums: the time between ends.
     pub(super) step_seconds: Vec<f64>,
     last_end: Option<Instant>,
@@ -30,7 +31,7 @@ impl Telemetry {
     pub(super) fn new(plan: &Plan) -> Self {
         Self {
             moved: [0; LANES.len()],
-            stage_seconds: vec![0.0; plan.stages().len()],
+            stage_seconds: [(); 2].map(|()| vec![0.0; plan.stages().len()]),
             step_seconds: Vec::with_capacity(STEPS_KEPT),
             last_end: None,
             compute_seen: Duration::ZERO,
@@ -68,12 +69,21 @@ impl Telemetry {
         self.passes
     }
 
-    pub(super) fn done(&mut self, task: &Task, compute_busy: Duration) {
+    pub(super) fn done(&mut self, step: u64, task: &Task, compute_busy: Duration) {
         self.moved[task.lane as usize] += task.amount;
         if let TaskKind::Compute(stage) = task.kind {
             let spent = compute_busy.saturating_sub(self.compute_seen);
             self.compute_seen = compute_busy;
-            self.stage_seconds[stage.0 as usize] += spent.as_secs_f64();
+            self.stage_seconds[usize::from(step > 0)][stage.0 as usize] += spent.as_secs_f64();
+        }
+    }
+
+    /// Mean seconds of compute, by stage.
+    pub(super) fn stage_means(&self) -> Vec<f64> {
+        let [first, others] = &self.stage_seconds;
+        match self.steps {
+            0 | 1 => first.clone(),
+            steps => others.iter().map(|s| s / (steps - 1) as f64).collect(),
         }
     }
 
