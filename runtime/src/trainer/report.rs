@@ -4,9 +4,8 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
 use forebay_kernels::cpu::{AdamW, Exchange, Isa, States, Workers, adamw_parallel};
+use forebay_pinned::Arena;
 use forebay_prefetch::{Bound, Lane, Rates, Traffic, bound};
-
-use half::bf16;
 
 use super::{Options, Trainer};
 use crate::bench::pcie;
@@ -83,11 +82,22 @@ fn copy_rate() -> f64 {
 
 fn adam_rate(threads: usize, dtype: DType) -> Result<f64> {
     let workers = Workers::new(threads, "fb-ceiling").map_err(Error::system("starting threads"))?;
-    let elements = 4 << 20;
-    let mut arrays = [(); 3].map(|()| vec![0.5f32; elements]);
-    let [master, m, v] = &mut arrays;
-    let mut wide = vec![0.5f32; if dtype == DType::Bf16 { 0 } else { elements }];
-    let mut narrow = vec![bf16::ONE; elements - wide.len()];
+    let elements: usize = 4 << 20;
+    // Memory as the trainer's own has it: in huge pages where they can be had.
+    let bytes = [4, 4, 4, dtype.bytes()].map(|each| (each * elements) as u64);
+    let arena = Arena::new(bytes.iter().sum())?;
+    let mut slabs = Vec::new();
+    for bytes in bytes {
+        let mut slab = arena.lease(bytes)?;
+        // In either type a number of a common size.
+        slab.fill(0x3f);
+        slabs.push(slab);
+    }
+    let [master, m, v, both] = slabs.as_mut_slice() else {
+        unreachable!("four were taken");
+    };
+    let states = [master, m, v].map(|slab| bytemuck::cast_slice_mut::<u8, f32>(slab));
+    let [master, m, v] = states;
     let adam = AdamW {
         lr: 1e-3,
         beta1: 0.9,
@@ -104,8 +114,8 @@ fn adam_rate(threads: usize, dtype: DType) -> Result<f64> {
             v: &mut *v,
         };
         let exchange = match dtype {
-            DType::Bf16 => Exchange::InPlaceBf16(&mut narrow),
-            DType::F32 | DType::U32 => Exchange::InPlaceF32(&mut wide),
+            DType::Bf16 => Exchange::InPlaceBf16(bytemuck::cast_slice_mut(both)),
+            DType::F32 | DType::U32 => Exchange::InPlaceF32(bytemuck::cast_slice_mut(both)),
         };
         adamw_parallel(&workers, Isa::best(), &scalars, states, exchange);
         start.elapsed().as_secs_f64()
