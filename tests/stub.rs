@@ -17,8 +17,11 @@ use std::time::{Duration, Instant};
 use common::{create, decoder_in, options, tokens, train, with_budgets};
 use forebay::nvme::sim::SimDisk;
 use forebay::nvme::{self, Store};
-use forebay::{DType, Error, Options, Policy, RandomInit, Result, Trainer};
+use forebay::{
+    DType, DeviceChoice, Error, ExternalStream, Options, Policy, RandomInit, Result, Trainer,
+};
 use forebay_decoder::{Batch, Decoder};
+use forebay_kernels::cuda::{check, probe, sys};
 
 /// The stub's own functions.
 struct Stub {
@@ -210,6 +213,52 @@ fn in_every_order_that_events_allow_every_placement_gives_the_same_bits() {
             assert!((0..8).any(wrong), "{defect} goes unnoticed");
         }
     }
+}
+
+#[test]
+fn it_computes_on_a_stream_of_the_callers_own_and_leaves_it_to_him() {
+    let test = "it_computes_on_a_stream_of_the_callers_own_and_leaves_it_to_him";
+    let Some(stub) = Stub::enter(test, &[]) else {
+        return;
+    };
+    let (mut device, mut context, mut stream) = (0, std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: valid places; a context that is kept to the end of the process.
+    let given = unsafe {
+        probe().unwrap();
+        check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, 0)).unwrap();
+        let kept = sys::cuDevicePrimaryCtxRetain(&raw mut context, device);
+        check("cuDevicePrimaryCtxRetain", kept).unwrap();
+        check("cuCtxSetCurrent", sys::cuCtxSetCurrent(context)).unwrap();
+        let made = sys::cuStreamCreate(&raw mut stream, 0);
+        check("cuStreamCreate", made).unwrap();
+        ExternalStream::new(stream.cast())
+    };
+    let run = |stream| {
+        let setup = Setup::new(DType::F32, |o| {
+            (o.placement, o.stream) = (Policy::Disk, stream)
+        });
+        setup.right(&stub)
+    };
+    let own = run(None);
+    let held = stub.held();
+    assert_eq!(stub.count("cuStreamCreate", false), 3);
+    assert_eq!(run(Some(given)), own);
+    assert_eq!(
+        stub.count("cuStreamCreate", false),
+        2,
+        "those of the copies"
+    );
+    assert_eq!(stub.held(), held, "the stream is still there");
+    // SAFETY: a stream that lives.
+    check("cuStreamQuery", unsafe { sys::cuStreamQuery(stream) }).unwrap();
+    let setup = Setup::new(DType::F32, |o| {
+        (o.device, o.stream) = (DeviceChoice::Host, Some(given))
+    });
+    let refused = setup.run(&SimDisk::new(1), &mut Vec::new()).unwrap_err();
+    assert!(
+        refused.to_string().contains("the host device computes"),
+        "{refused}"
+    );
 }
 
 #[test]

@@ -19,6 +19,26 @@ pub enum Target {
     Cuda,
 }
 
+/// A CUDA stream of the caller's own, PyTorch's current one for instance, for a trainer to compute on: what
+/// the caller queues there before a step comes before it, and what he queues after it comes after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExternalStream(u64);
+
+impl ExternalStream {
+    /// From the driver's handle (a `CUstream`; a `cudaStream_t` is one).
+    ///
+    /// # Safety
+    /// It is a stream of the first device's primary context, and lives as long as any trainer that
+    /// computes on it.
+    pub unsafe fn new(stream: *mut std::ffi::c_void) -> Self {
+        Self(stream as u64)
+    }
+
+    pub(crate) fn handle(self) -> cuda::sys::CUstream {
+        self.0 as cuda::sys::CUstream
+    }
+}
+
 /// On which device a trainer computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {

@@ -12,20 +12,29 @@ use std::time::Duration;
 
 use forebay_pinned::Arena;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::operation::Launch;
 use crate::queue::{Notifier, Worked};
-use crate::target::Target;
+use crate::target::{ExternalStream, Target};
 
-/// Opens the device of a target with a block of `budget` bytes.
+/// Opens the device of a target with a block of `budget` bytes, to compute on a stream of the caller's if
+/// one is given.
 pub(crate) fn open(
     target: Target,
     budget: u64,
     notifier: &Arc<Notifier>,
+    stream: Option<ExternalStream>,
 ) -> Result<Box<dyn Device>> {
-    Ok(match target {
-        Target::Host { threads } => Box::new(host::HostDevice::new(budget, threads, notifier)?),
-        Target::Cuda => Box::new(cuda::CudaDevice::new(budget, notifier)?),
+    Ok(match (target, stream) {
+        (Target::Host { threads }, None) => {
+            Box::new(host::HostDevice::new(budget, threads, notifier)?)
+        }
+        (Target::Host { .. }, Some(_)) => {
+            let what =
+                "a CUDA stream was given, and the host device computes; ask for the cuda device";
+            return Err(Error::Misuse(what.to_owned()));
+        }
+        (Target::Cuda, stream) => Box::new(cuda::CudaDevice::new(budget, notifier, stream)?),
     })
 }
 

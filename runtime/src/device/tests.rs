@@ -79,7 +79,7 @@ fn devices() -> Vec<Box<dyn Device>> {
         Err(error) if std::env::var_os("FOREBAY_REQUIRE_GPU").is_some() => panic!("{error}"),
         Err(error) => eprintln!("skipped on a GPU: {error}"),
     }
-    let open = |target| open(target, 1 << 20, &Arc::new(Notifier::default())).unwrap();
+    let open = |target| open(target, 1 << 20, &Arc::new(Notifier::default()), None).unwrap();
     targets.into_iter().map(open).collect()
 }
 

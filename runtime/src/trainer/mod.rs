@@ -17,7 +17,9 @@ mod update;
 mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
-pub use options::{AdamW, DeviceChoice, IoChoice, Options, Policy, Publish, Target};
+pub use options::{
+    AdamW, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target,
+};
 pub use report::{Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
 pub use weights::{RandomInit, Weights};
@@ -122,7 +124,7 @@ impl Trainer {
         let (store_layout, store_options) = disk(&model, &order_model, &placement, options);
         let notifier = Arc::new(Notifier::default());
         let arena = Arena::new(placement.pinned_bytes())?;
-        let mut device = device::open(target, placement.device_bytes(), &notifier)?;
+        let mut device = device::open(target, placement.device_bytes(), &notifier, options.stream)?;
         device.pin(&arena)?;
         let places = Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
         let open = if resume { Store::open } else { Store::create };

@@ -9,7 +9,7 @@ use forebay_nvme::medium::Medium;
 pub use forebay_prefetch::Policy;
 
 use crate::error::Result;
-pub use crate::target::{DeviceChoice, Target};
+pub use crate::target::{DeviceChoice, ExternalStream, Target};
 
 /// How often [`Trainer::publish`](crate::Trainer::publish) will be called: what the disk must keep for
 /// it.
@@ -30,6 +30,8 @@ pub enum Publish {
 pub struct Options {
     /// The device that computes.
     pub device: DeviceChoice,
+    /// The CUDA stream to compute on, where it is not to be one of the trainer's own.
+    pub stream: Option<ExternalStream>,
     /// Bytes of device memory: parameters, gradients, activations and scratch. `None`: from what
     /// the machine has free.
     pub device_budget: Option<u64>,
@@ -79,6 +81,7 @@ impl Options {
     pub fn new(disk: impl IntoIterator<Item = PathBuf>) -> Self {
         Self {
             device: DeviceChoice::Auto,
+            stream: None,
             device_budget: None,
             pinned_budget: None,
             disk: disk.into_iter().collect(),

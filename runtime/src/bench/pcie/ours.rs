@@ -27,7 +27,7 @@ pub(super) struct Ours {
 impl Ours {
     pub(super) fn new(target: Target, window: u64) -> Result<Self> {
         let notifier = Arc::new(Notifier::default());
-        let mut device = open(target, 2 * window, &notifier)?;
+        let mut device = open(target, 2 * window, &notifier, None)?;
         let arena = Arena::new(2 * window)?;
         device.pin(&arena)?;
         let mut all = Self {

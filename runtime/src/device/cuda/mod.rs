@@ -15,7 +15,7 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forebay_kernels::cuda::{Kernels, check, probe, sys};
+use forebay_kernels::cuda::{CudaError, Kernels, check, probe, sys};
 use forebay_pinned::Arena;
 
 use super::{Device, Event, Span, Stream};
@@ -23,7 +23,7 @@ use crate::Bytes;
 use crate::error::{Error, Result};
 use crate::operation::{CudaContext, Launch};
 use crate::queue::{Notifier, Worked};
-use crate::target::Target;
+use crate::target::{ExternalStream, Target};
 
 mod context;
 mod watcher;
@@ -58,6 +58,8 @@ unsafe impl Send for CudaDevice {}
 /// A stream and what was recorded on it.
 struct Lane {
     stream: sys::CUstream,
+    /// Whether the stream is the caller's.
+    given: bool,
     /// Operations queued.
     queued: u64,
     /// Operations that a mark stands behind.
@@ -79,7 +81,11 @@ struct Lane {
 
 impl CudaDevice {
     /// Takes the first device, all of `budget` on it, and the kernels.
-    pub(crate) fn new(budget: u64, notifier: &Arc<Notifier>) -> Result<Self> {
+    pub(crate) fn new(
+        budget: u64,
+        notifier: &Arc<Notifier>,
+        compute: Option<ExternalStream>,
+    ) -> Result<Self> {
         probe().map_err(refused)?;
         let context = Arc::new(Context::new().map_err(refused)?);
         let fault = Arc::new(HostWord::new().map_err(refused)?);
@@ -95,16 +101,16 @@ impl CudaDevice {
         let patience = patience()?;
         let shared = Shared::new(patience, Arc::clone(&fault), Arc::clone(notifier));
         let shared = Arc::new(shared);
-        let lane = |name: &str| -> Result<Lane> {
+        let lane = |name: &str, given: Option<ExternalStream>| -> Result<Lane> {
             let watcher = Watcher::new(name, Arc::clone(&context), Arc::clone(&shared));
             let watcher = watcher.map_err(Error::system("starting a thread of the device"))?;
-            let mut stream = std::ptr::null_mut();
-            let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-            // SAFETY: a valid place, in the current context.
-            let made = unsafe { sys::cuStreamCreate(&raw mut stream, flags) };
-            check("cuStreamCreate", made).map_err(refused)?;
+            let stream = match given {
+                Some(stream) => stream.handle(),
+                None => own_stream().map_err(refused)?,
+            };
             Ok(Lane {
                 stream,
+                given: given.is_some(),
                 queued: 0,
                 marked: 0,
                 unmarked_bytes: 0,
@@ -118,7 +124,11 @@ impl CudaDevice {
             })
         };
         Ok(Self {
-            lanes: [lane("fb-compute")?, lane("fb-h2d")?, lane("fb-d2h")?],
+            lanes: [
+                lane("fb-compute", compute)?,
+                lane("fb-h2d", None)?,
+                lane("fb-d2h", None)?,
+            ],
             shared,
             kernels: ManuallyDrop::new(kernels),
             memory: ManuallyDrop::new(memory),
@@ -506,8 +516,10 @@ impl Drop for Lane {
             // SAFETY: made by `record`, used by nobody any more.
             let _ = unsafe { sys::cuEventDestroy_v2(event) };
         }
-        // SAFETY: made by `new`.
-        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+        if !self.given {
+            // SAFETY: made by `own_stream`.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+        }
     }
 }
 
@@ -524,7 +536,16 @@ fn patience() -> Result<Duration> {
     })
 }
 
-fn refused(error: forebay_kernels::cuda::CudaError) -> Error {
+/// One that does not wait for the default stream.
+fn own_stream() -> std::result::Result<sys::CUstream, CudaError> {
+    let mut stream = std::ptr::null_mut();
+    let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+    // SAFETY: a valid place, in the current context.
+    let made = unsafe { sys::cuStreamCreate(&raw mut stream, flags) };
+    check("cuStreamCreate", made).map(|()| stream)
+}
+
+fn refused(error: CudaError) -> Error {
     Error::NoDevice {
         wanted: "cuda",
         why: error.to_string(),
