@@ -5,6 +5,7 @@
 //! changes; the ratio of a round is ours to bare, its control bare to bare. Given are medians with 95 %
 //! intervals.
 
+pub mod adam;
 mod gpu;
 pub mod kernels;
 pub mod pcie;

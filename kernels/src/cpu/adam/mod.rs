@@ -13,12 +13,15 @@
 //! ```
 
 mod paths;
+mod traffic;
 
 use half::bf16;
 
 use super::isa::Isa;
 use super::shared::Shared;
 use super::workers::Workers;
+
+pub use traffic::adam_traffic;
 
 /// Elements that one worker takes at a time: 28 bytes each, about a second-level cache.
 const CHUNK: usize = 32 << 10;

@@ -1,5 +1,6 @@
 //! `forebay bench`: what this machine can do, and what Forebay takes of it.
 
+mod adam;
 mod kernels;
 mod nvme;
 mod pcie;
@@ -11,6 +12,7 @@ use serde_json::json;
 /// Measure what the machine can do, and what Forebay takes of it
 #[derive(clap::Subcommand, Debug)]
 pub(crate) enum Bench {
+    Adam(adam::Adam),
     Kernels(kernels::Kernels),
     Nvme(nvme::Nvme),
     Pcie(pcie::Pcie),
@@ -19,6 +21,7 @@ pub(crate) enum Bench {
 impl Bench {
     pub(crate) fn run(&self) -> Result<(), String> {
         match self {
+            Self::Adam(adam) => adam.run(),
             Self::Kernels(kernels) => kernels.run(),
             Self::Nvme(nvme) => nvme.run(),
             Self::Pcie(pcie) => pcie.run(),

@@ -1,0 +1,221 @@
+//! The CPU's AdamW, bf16 gradient in and bf16 parameter out, beside the ceiling: bare threads that go over
+//! the same memory with next to no arithmetic (28 bytes a parameter).
+
+use std::time::Instant;
+
+use forebay_kernels::cpu::{AdamW, Exchange, Isa, States, Workers, adam_traffic, adamw_parallel};
+use forebay_pinned::Arena;
+
+use super::{Duel, Slice, duel};
+use crate::error::{Error, Result};
+use crate::machine;
+use crate::nvme::bench::cpu_seconds;
+
+/// Bytes read and written for a parameter: gradient 2, master and moments 12 each way, parameter 2.
+pub const BYTES: u64 = 28;
+/// Bytes of memory for a parameter.
+const ROOM: u64 = 16;
+/// A slice takes at least this long: what starting threads takes does not count then.
+const SLICE_SECONDS: f64 = 0.05;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Parameters; sizes that do not fit into free memory are left out.
+    pub sizes: Vec<u64>,
+    /// Threads.
+    pub threads: usize,
+    /// Rounds of each size: three slices of at least 50 ms.
+    pub rounds: u32,
+}
+
+/// What was found for one size.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Parameters.
+    pub size: u64,
+    /// Whether the ceiling writes the parameters past the caches: the faster way was taken.
+    pub streams: bool,
+    /// Ours beside the ceiling; bytes at [`BYTES`] a parameter.
+    pub duel: Duel,
+}
+
+/// Everything found.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The instruction set.
+    pub isa: String,
+    /// Threads.
+    pub threads: usize,
+    /// Whether the memory is page-locked, and in huge pages where they can be had.
+    pub memory: String,
+    /// By size.
+    pub outcomes: Vec<Outcome>,
+    /// Sizes that do not fit into free memory.
+    pub left_out: Vec<u64>,
+}
+
+/// Measures. `progress` is told what is being done.
+///
+/// # Errors
+/// Memory or threads refused.
+pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+    let threads = plan.threads.max(1);
+    let workers = Workers::new(threads, "fb-adam").map_err(Error::system("starting threads"))?;
+    let free = machine::free_memory() / 2;
+    let (fit, left_out): (Vec<u64>, Vec<u64>) =
+        plan.sizes.iter().partition(|size| *size * ROOM <= free);
+    let mut report = Report {
+        isa: format!("{:?}", Isa::best()),
+        threads,
+        memory: String::new(),
+        outcomes: Vec::new(),
+        left_out,
+    };
+    for size in fit {
+        progress(&format!("{size} parameters"));
+        let arena = Arena::new(ROOM * size + 5 * 4096)?;
+        report.memory = arena.lock().to_string();
+        let mut memory = Memory::new(&arena, size)?;
+        let mut bare = |streams| measure(size, |n| memory.bare(threads, streams, n));
+        // Whichever way of writing is faster here is the ceiling.
+        let rates = [false, true].map(|streams| {
+            let rate = |_| bare(streams).rate();
+            (0..3).map(rate).fold(0.0, f64::max)
+        });
+        let streams = rates[1] > rates[0];
+        let memory = std::cell::RefCell::new(memory);
+        let duel = duel(
+            plan.rounds,
+            &mut || {
+                Ok(measure(size, |n| {
+                    memory.borrow_mut().bare(threads, streams, n)
+                }))
+            },
+            &mut || Ok(measure(size, |n| memory.borrow_mut().ours(&workers, n))),
+        )?;
+        report.outcomes.push(Outcome {
+            size,
+            streams,
+            duel,
+        });
+    }
+    Ok(report)
+}
+
+/// As many passes as a slice takes.
+fn measure(size: u64, mut passes: impl FnMut(u32)) -> Slice {
+    let (cpu, start) = (cpu_seconds(), Instant::now());
+    let mut done = 0;
+    // Twice as many each time, so that looking at the clock costs nothing.
+    let mut next = 1;
+    while start.elapsed().as_secs_f64() < SLICE_SECONDS {
+        passes(next);
+        done += next;
+        next = done;
+    }
+    Slice {
+        bytes: (BYTES * size * u64::from(done)) as f64,
+        seconds: start.elapsed().as_secs_f64(),
+        cpu_seconds: cpu_seconds() - cpu,
+    }
+}
+
+struct Memory {
+    states: [forebay_pinned::Slab; 3],
+    grad: forebay_pinned::Slab,
+    param: forebay_pinned::Slab,
+}
+
+impl Memory {
+    fn new(arena: &Arena, size: u64) -> Result<Self> {
+        let take = |each: u64| -> Result<_> {
+            let mut slab = arena.lease(each * size)?;
+            // In either type a number of a common size.
+            slab.fill(0x3c);
+            Ok(slab)
+        };
+        Ok(Self {
+            states: [take(4)?, take(4)?, take(4)?],
+            grad: take(2)?,
+            param: take(2)?,
+        })
+    }
+
+    fn ours(&mut self, workers: &Workers, passes: u32) {
+        let adam = AdamW {
+            lr: 1e-4,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+        };
+        for _ in 0..passes {
+            let [master, m, v] = self.states.each_mut().map(|s| bytemuck::cast_slice_mut(s));
+            let states = States { master, m, v };
+            let exchange = Exchange::Bf16 {
+                grad: bytemuck::cast_slice(&self.grad),
+                param: bytemuck::cast_slice_mut(&mut self.param),
+            };
+            adamw_parallel(
+                workers,
+                Isa::best(),
+                &adam.at(1, 1e-4, 1.0),
+                states,
+                exchange,
+            );
+        }
+    }
+
+    /// The same memory by threads of their own, each with a run of it.
+    fn bare(&mut self, threads: usize, streams: bool, passes: u32) {
+        let [p, m, v] = self
+            .states
+            .each_mut()
+            .map(|s| bytemuck::cast_slice_mut::<u8, f32>(s));
+        let grad: &[half::bf16] = bytemuck::cast_slice(&self.grad);
+        let param: &mut [half::bf16] = bytemuck::cast_slice_mut(&mut self.param);
+        let share = grad.len().div_ceil(threads).next_multiple_of(1024);
+        std::thread::scope(|scope| {
+            let parts = p
+                .chunks_mut(share)
+                .zip(m.chunks_mut(share))
+                .zip(v.chunks_mut(share));
+            for (((p, m), v), (grad, param)) in
+                parts.zip(grad.chunks(share).zip(param.chunks_mut(share)))
+            {
+                scope.spawn(move || {
+                    for _ in 0..passes {
+                        let states = States {
+                            master: &mut *p,
+                            m: &mut *m,
+                            v: &mut *v,
+                        };
+                        adam_traffic(Isa::best(), states, grad, param, streams);
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_size_gives_plausible_rates_and_one_that_does_not_fit_is_left_out() {
+        let plan = Plan {
+            sizes: vec![100_000, u64::MAX / 64],
+            threads: 2,
+            rounds: 3,
+        };
+        let report = run(&plan, &mut |_| {}).unwrap();
+        assert_eq!((report.outcomes.len(), report.left_out.len()), (1, 1));
+        let duel = &report.outcomes[0].duel;
+        assert!(
+            duel.bare_bytes_per_s > 1e8 && duel.ours_bytes_per_s > 1e8,
+            "{duel:?}"
+        );
+    }
+}
