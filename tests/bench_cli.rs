@@ -101,6 +101,27 @@ fn from_a_disk_to_the_device_beside_the_slower_of_both() {
 }
 
 #[test]
+fn adamw_beside_a_bare_pass_over_its_memory() {
+    let words = [
+        "adam",
+        "--json",
+        "--rounds",
+        "3",
+        "--millions",
+        "1,900000",
+        "--threads",
+        "2",
+    ];
+    let found = json(&words);
+    let outcomes = found["outcomes"].as_array().unwrap();
+    assert_eq!(outcomes.len(), 1);
+    assert_eq!(outcomes[0]["parameters"], 1_000_000);
+    plausible(&outcomes[0]);
+    assert_eq!(found["left_out"][0].as_u64(), Some(900_000_000_000));
+    refused(&["adam", "--millions", "0"], &["--millions 0", "from 1"]);
+}
+
+#[test]
 fn wrong_flags_say_what_would_be_right() {
     refused(&[&HOST[..], &["5000"]].concat(), &["--sizes", "4KiB"]);
     refused(

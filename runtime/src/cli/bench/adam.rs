@@ -94,6 +94,8 @@ fn object(report: &Report) -> serde_json::Value {
             "parameters": o.size,
             "bare_params_per_s": o.duel.bare_bytes_per_s / BYTES as f64,
             "ours_params_per_s": o.duel.ours_bytes_per_s / BYTES as f64,
+            "bare_bytes_per_s": o.duel.bare_bytes_per_s,
+            "ours_bytes_per_s": o.duel.ours_bytes_per_s,
             "ratio": array(&o.duel.ratio),
             "control": array(&o.duel.control),
             "bare_past_caches": o.streams,
