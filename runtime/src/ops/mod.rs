@@ -1,6 +1,6 @@
 //! The operations of decoder models, on whichever device the step runs on.
 //!
-//! Each takes the [`Step`](crate::Step) it belongs to, reads [`Tensor`]s and writes
+//! Each takes the [`Step`] it belongs to, reads [`Tensor`](crate::Tensor)s and writes
 //! [`TensorMut`]s, all row-major. Parameters and activations of a call are of one
 //! type, f32 or bf16; gradients of weights, losses and sums are f32. Shapes and types are checked here, before anything is queued; what an operation needs besides is taken from the
 //! step's scratch memory. Gradients of weights are *added* to, those of activations overwritten,
