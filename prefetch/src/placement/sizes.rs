@@ -85,7 +85,7 @@ impl Placement {
         volatile.map(|p| 12 * p.elements).sum()
     }
 
-    /// All pools of buffers, by [`PoolId`]. Buffers of a pool have one size.
+    /// All pools of buffers, by [`PoolId`](crate::PoolId). Buffers of a pool have one size.
     pub fn pools(&self) -> Vec<Pool> {
         let mut pools = vec![
             Pool {
