@@ -90,10 +90,10 @@ impl DeviceChoice {
     }
 }
 
-/// Whether the GPU can be used: a driver, a device, and the libraries that kernels need.
+/// Whether the GPU can be used; asked once.
 fn usable() -> Result<(), String> {
     static USABLE: OnceLock<Result<(), String>> = OnceLock::new();
-    let look = || cuda::probe().and_then(|_| cuda::libraries());
+    let look = || cuda::usable().map(|_| ());
     USABLE
         .get_or_init(|| look().map_err(|error| error.to_string()))
         .clone()

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 pub(crate) const INSIDE: &str = "FOREBAY_UNDER_STUB";
 
 /// The stub, which cargo puts beside the tests of whatever depends on it.
-fn library() -> PathBuf {
+pub(crate) fn library() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let library = test.with_file_name("libforebay_cuda_stub.so");
     assert!(library.exists(), "{} was not built", library.display());

@@ -93,7 +93,7 @@ impl Kernels {
     /// [`CudaError`]: a library that is missing, a device that is too old, the driver's refusals.
     pub fn new(device: sys::CUdevice, fault: u64) -> Result<Self, CudaError> {
         use sys::CUdevice_attribute_enum as Attribute;
-        library::libraries()?;
+        library::usable()?;
         let attribute = |which| -> Result<i32, CudaError> {
             let mut value = 0;
             // SAFETY: a valid place, and a device that the caller has.
@@ -102,10 +102,6 @@ impl Kernels {
         };
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        if major < 8 {
-            let name = device_name(device);
-            return Err(CudaError::TooOld { name, major, minor });
-        }
         let all = Self {
             modules: RefCell::default(),
             arch: format!("sm_{major}{minor}"),

@@ -124,6 +124,21 @@ fn bus(device: sys::CUdevice) -> Option<String> {
     Some(format!("{domain:04x}:{bus:02x}:{slot:02x}.0"))
 }
 
+/// Whether the first device can compute: a driver, a device that the kernels run on, and the libraries
+/// that they need.
+///
+/// # Errors
+/// [`CudaError::NoDevice`], [`CudaError::TooOld`], [`CudaError::NoLibrary`].
+pub fn usable() -> Result<Found, CudaError> {
+    let found = probe()?;
+    let (major, minor) = found.capability;
+    if major < 8 {
+        let name = found.name;
+        return Err(CudaError::TooOld { name, major, minor });
+    }
+    libraries().map(|()| found)
+}
+
 /// Makes sure that NVRTC and cuBLASLt are there, and stay; asked once.
 ///
 /// # Errors

@@ -27,9 +27,9 @@ driver! {
         0 => device.set(0),
         _ => Err(101),
     };
-    cuDeviceGetAttribute(value: Place<i32>, which: u32, _device: i32) Nothing |_state| match which {
+    cuDeviceGetAttribute(value: Place<i32>, which: u32, _device: i32) Nothing |state| match which {
         16 => value.set(4),  // multiprocessors
-        75 => value.set(9),  // compute capability 9.0
+        75 => value.set(state.settings.capability as i32),
         76 => value.set(0),
         97 => value.set(227 << 10),
         _ => value.set(1),

@@ -20,6 +20,8 @@ pub(crate) struct Settings {
     pub(crate) ignore_waits: bool,
     pub(crate) early_events: bool,
     pub(crate) memory: u64,
+    /// Compute capability, before the point.
+    pub(crate) capability: u64,
 }
 
 impl Settings {
@@ -54,6 +56,7 @@ impl Settings {
             ignore_waits: flag("IGNORE_WAITS"),
             early_events: flag("EARLY_EVENTS"),
             memory: get("MEMORY").map_or(256 << 20, |text| number(&text)),
+            capability: get("CAPABILITY").map_or(9, |text| number(&text)),
         }
     }
 }
