@@ -16,7 +16,7 @@ done
 
 FOREBAY_STUB_SEEDS=$seeds cargo test -q -p forebay --lib stub_of_cuda
 export LD_LIBRARY_PATH=$names FOREBAY_KERNELS=$names/kernels FOREBAY_REQUIRE_GPU=1 FOREBAY_DEVICE=cuda
-cargo test -q -p forebay-kernels --test cuda
+FOREBAY_STUB_MEMORY=$((1 << 30)) cargo test -q -p forebay-kernels --test cuda
 for seed in 1 $((RANDOM + 2)); do
     echo "seed $seed"
     FOREBAY_STUB_SEED=$seed cargo test -q -p forebay --test bits --test parity --test faults
