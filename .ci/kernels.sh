@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every CUDA source compiles for the oldest and the main architecture, and no kernel spills registers.
 # Compiled as the runtime does (kernels/src/cuda/compile.rs): common.cuh in front, no header of CUDA's.
-# The compiler comes from PyPI wheels (about 200 MB, once); no GPU is needed.
+# The compiler comes as Python packages (about 200 MB, once); no GPU is needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=$PWD/target/cuda13 cu=kernels/src/cuda/cu

@@ -76,38 +76,59 @@ fn in_bf16_too_every_placement_and_look_ahead_gives_the_same_bits() {
     }
 }
 
+/// Options under which this many thirds of the optimizer states find room on the device, and under Auto
+/// half of the rest in pinned memory.
+fn split(options: Options, decoder: &forebay_decoder::Decoder, thirds: u64) -> Options {
+    let all = Options {
+        placement: Policy::Resident,
+        ..options.clone()
+    };
+    let all = with_budgets(all, decoder).device_budget.unwrap();
+    let states = 12 * decoder.model().elements();
+    let mut options = options;
+    options.device_budget = Some(all - states * (3 - thirds) / 3);
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+    let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
+    options.pinned_budget = Some(needs.pinned_bytes);
+    if options.placement == Policy::Auto {
+        let rest = states * (3 - thirds) / 3;
+        options.pinned_budget = Some(needs.pinned_bytes - rest / 2);
+    }
+    options
+}
+
 #[test]
-fn optimizer_states_split_between_device_and_host_give_the_same_bits() {
+fn optimizer_states_split_between_device_host_and_disk_give_the_same_bits() {
     for (dtype, clip) in [(DType::F32, Some(0.5)), (DType::Bf16, None)] {
-        let mut gradients_out = Vec::new();
-        let mut losses = Vec::new();
-        for thirds in 0..=3 {
-            let folder = tempfile::tempdir().unwrap();
-            let decoder = decoder_in(dtype);
-            let mut options = options(folder.path());
-            (options.placement, options.clip) = (Policy::Resident, clip);
-            let all = with_budgets(options.clone(), &decoder)
-                .device_budget
-                .unwrap();
-            let states = 12 * decoder.model().elements();
-            options.device_budget = Some(all - states * (3 - thirds) / 3);
-            let footprint = decoder.footprint(options.target().unwrap()).unwrap();
-            let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
-            options.pinned_budget = Some(needs.pinned_bytes);
-            let mut trainer = create(&decoder, &options);
-            losses.push(train(&mut trainer, &decoder, STEPS));
-            trainer.publish("").unwrap();
-            gradients_out.push(trainer.report().hops[1].bytes);
-            drop(trainer);
-            let mut trainer = resume(&decoder, &options);
-            losses[thirds as usize].extend(train(&mut trainer, &decoder, 2));
+        let mut all = Vec::new();
+        for placement in [Policy::Resident, Policy::Auto] {
+            let mut gradients_out = Vec::new();
+            for thirds in 0..=3 {
+                let folder = tempfile::tempdir().unwrap();
+                let decoder = decoder_in(dtype);
+                let mut options = options(folder.path());
+                (options.placement, options.clip) = (placement, clip);
+                let options = split(options, &decoder, thirds);
+                let mut trainer = create(&decoder, &options);
+                let mut losses = train(&mut trainer, &decoder, STEPS);
+                trainer.publish("").unwrap();
+                let report = trainer.report();
+                gradients_out.push(report.hops[1].bytes);
+                let disk = report.traffic.disk_read > 0;
+                let split = placement == Policy::Auto && thirds < 3;
+                assert_eq!(disk, split, "{placement:?}, {thirds} thirds");
+                drop(trainer);
+                let mut trainer = resume(&decoder, &options);
+                losses.extend(train(&mut trainer, &decoder, 2));
+                all.push(losses);
+            }
+            assert!(
+                gradients_out.is_sorted_by(|a, b| a > b),
+                "{gradients_out:?}"
+            );
+            assert_eq!(gradients_out[3], 0, "with room for all nothing leaves");
         }
-        assert!(losses.iter().all(|l| *l == losses[0]), "{losses:?}");
-        assert!(
-            gradients_out.is_sorted_by(|a, b| a > b),
-            "{gradients_out:?}"
-        );
-        assert_eq!(gradients_out[3], 0, "with room for all nothing leaves");
+        assert!(all.iter().all(|losses| *losses == all[0]), "{all:?}");
     }
 }
 
@@ -185,7 +206,11 @@ fn a_gradient_that_is_not_finite_skips_the_whole_step_on_every_tier() {
             let decoder = decoder_in(dtype);
             let mut options = options(folder.path());
             (options.placement, options.clip) = (placement, clip);
-            let options = with_budgets(options, &decoder);
+            // Under Auto some of the states are on the device, some in pinned memory, some on disk.
+            let options = match placement {
+                Policy::Auto => split(options, &decoder, 1),
+                _ => with_budgets(options, &decoder),
+            };
             let mut trainer = create(&decoder, &options);
             train(&mut trainer, &decoder, 2);
             let before = eval(&mut trainer, &decoder);

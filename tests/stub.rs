@@ -249,6 +249,10 @@ fn it_computes_on_a_stream_of_the_callers_own_and_leaves_it_to_him() {
         "those of the copies"
     );
     assert_eq!(stub.held(), held, "the stream is still there");
+    // The default stream, which is PyTorch's current one unless told otherwise.
+    // SAFETY: it is always there.
+    let default = unsafe { ExternalStream::new(std::ptr::null_mut()) };
+    assert_eq!(run(Some(default)), own);
     // SAFETY: a stream that lives.
     check("cuStreamQuery", unsafe { sys::cuStreamQuery(stream) }).unwrap();
     let setup = Setup::new(DType::F32, |o| {

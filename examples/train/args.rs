@@ -36,12 +36,13 @@ pub(crate) struct Args {
     /// auto, host or cuda
     #[arg(long, default_value = "auto")]
     pub(crate) device: DeviceChoice,
-    /// Bytes of device memory, as 512MiB or 8GB; by default what is free, and for the small model
-    /// what lets a third of its layers stay
+    /// Bytes of device memory, as 512MiB or 8GB; by default what the model needs, up to what is free on a
+    /// GPU or a quarter of the machine's on the host device, and for the small model what lets a third
+    /// of its layers stay
     #[arg(long, alias = "device-budget")]
     pub(crate) gpu_budget: Option<Bytes>,
-    /// Bytes of page-locked host memory; by default up to half of what is free, and for the small
-    /// model what lets half of its optimizer states stay
+    /// Bytes of page-locked host memory; by default what is needed, up to half of what is free (a quarter
+    /// on the host device), and for the small model what lets half of its optimizer states stay
     #[arg(long)]
     pub(crate) pinned_budget: Option<Bytes>,
     /// A folder for the disk tier; give it again for each further disk

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use forebay::{Bound, Bytes, Ceilings, Options, Report, Trainer};
+use forebay::{Bound, Bytes, Ceilings, DType, Options, Report, Trainer};
 use forebay_decoder::Decoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -21,6 +21,7 @@ pub(crate) struct Summary<'s> {
     pub(crate) bound: Bound,
     pub(crate) ceilings: &'s Ceilings,
     pub(crate) parameters: u64,
+    pub(crate) dtype: DType,
     pub(crate) steps_done: u64,
     pub(crate) last_losses: f64,
     pub(crate) unigram: f64,
@@ -162,6 +163,7 @@ impl Printer {
             "{}",
             json!({"summary": {
                 "device": s.report.device,
+                "dtype": s.dtype.to_string(),
                 "params": s.parameters,
                 "steps": s.steps_done,
                 "device_budget_bytes": tiers[0].budget_bytes,
@@ -248,14 +250,20 @@ fn publish_line(report: &Report, when: When) -> String {
 fn ledger(s: &Summary<'_>) {
     let (stats, traffic) = (&s.report.disk_stats, &s.report.traffic);
     let per = |bytes: u64| bytes as f64 / s.parameters.max(1) as f64;
+    let counted = match s.moved.payload {
+        0 => String::new(),
+        payload => {
+            let ratio = s.moved.kernel as f64 / payload as f64;
+            format!(", the kernel counts {ratio:.3} x that")
+        }
+    };
     println!(
-        "disk ledger: a step reads {} and writes {} ({:.2} + {:.2} bytes a parameter), the kernel counts \
-         {:.3} x that; in the store's life {} written, {:.3} x the states",
+        "disk ledger: a step reads {} and writes {} ({:.2} + {:.2} bytes a parameter){counted}; in the \
+         store's life {} written, {:.3} x the states",
         Bytes(traffic.disk_read),
         Bytes(traffic.disk_write),
         per(traffic.disk_read),
         per(traffic.disk_write),
-        s.moved.kernel as f64 / s.moved.payload.max(1) as f64,
         Bytes(stats.life.written_bytes),
         stats.life.written_bytes as f64 / stats.life.payload_written_bytes.max(1) as f64,
     );

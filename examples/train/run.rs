@@ -256,6 +256,7 @@ fn finish(
         bound: report.bound(ceilings),
         ceilings,
         parameters: trainer.model().parameters(),
+        dtype: trainer.model().dtype(),
         steps_done: trainer.steps(),
         last_losses: mean(tail),
         unigram: data.unigram_entropy(),
@@ -362,7 +363,6 @@ fn choose_budgets(
     }
     if options.pinned_budget.is_none() {
         options.pinned_budget = Some(match args.placement {
-            Policy::Resident | Policy::Pinned => needs(args.placement, options)?.pinned_bytes,
             Policy::Auto | Policy::Disk if small => {
                 let all = needs(Policy::Pinned, options)?.pinned_bytes;
                 all - 12 * decoder.model().parameters() / 2

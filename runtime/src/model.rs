@@ -167,7 +167,7 @@ pub struct Model {
 
 impl Model {
     /// A model without sections yet. The name is stored with its states: a store opens only under
-    /// a model of the same name, sections and shapes.
+    /// a model of the same name, sections, shapes and type.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),

@@ -176,6 +176,7 @@ impl Element for half::bf16 {
 
 /// The tensors of a launch as slices, each handed out once, in order. Those of bf16 arrive as f32,
 /// so that an operation is written once for either type; what it writes is rounded when it has run.
+/// (Asking for `bf16` is an error, then, that names the type that it is.)
 #[derive(Debug)]
 pub struct HostArgs<'a> {
     inputs: std::slice::Iter<'a, View>,

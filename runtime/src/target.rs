@@ -28,8 +28,8 @@ impl ExternalStream {
     /// From the driver's handle (a `CUstream`; a `cudaStream_t` is one).
     ///
     /// # Safety
-    /// It is a stream of the first device's primary context, and lives as long as any trainer that
-    /// computes on it.
+    /// It is a stream of the first device's primary context (which trainers make current on the threads that
+    /// call them, as CUDA's runtime does), and lives as long as any trainer that computes on it.
     pub unsafe fn new(stream: *mut std::ffi::c_void) -> Self {
         Self(stream as u64)
     }

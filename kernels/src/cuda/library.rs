@@ -63,6 +63,14 @@ fn look() -> Result<Found, CudaError> {
     first(driver)
 }
 
+/// Bytes of the first device's memory that are free now.
+///
+/// # Errors
+/// As [`probe`]; the driver's refusals.
+pub fn free_bytes() -> Result<u64, CudaError> {
+    first(probe()?.driver).map(|found| found.free_bytes)
+}
+
 /// Looks at the first device.
 fn first(driver: i32) -> Result<Found, CudaError> {
     use sys::CUdevice_attribute_enum as Attribute;

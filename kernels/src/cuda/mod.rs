@@ -18,7 +18,7 @@ pub mod ops;
 
 pub use error::{CudaError, check};
 pub use kernels::{Args, Element, Kernels};
-pub use library::{Found, elapsed, libraries, probe, usable, versions};
+pub use library::{Found, elapsed, free_bytes, libraries, probe, usable, versions};
 
 /// The driver's own types, as cudarc names them.
 pub use cudarc::driver::sys;

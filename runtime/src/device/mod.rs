@@ -136,7 +136,7 @@ pub(crate) trait Device: Send {
 
     /// Blocks until all streams are empty. Returns on a failed device too, and on one that does not
     /// answer for a while: what that one may still touch is kept for good when it is dropped.
-    fn drain(&self);
+    fn drain(&mut self);
 
     /// What operations run on, for the sizes of workspaces.
     fn target(&self) -> Target;

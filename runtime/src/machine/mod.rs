@@ -80,12 +80,12 @@ pub fn free_memory() -> u64 {
 /// machine unusable.
 pub fn default_budgets(target: Target) -> Budgets {
     let quarter = (free_memory() / 4).max(1 << 20) & !0xfff;
-    match (target, forebay_kernels::cuda::probe()) {
-        (Target::Cuda, Ok(found)) => Budgets {
-            device_bytes: found.free_bytes.saturating_sub(GPU_RESERVE_BYTES) & !0xfff,
+    match target {
+        Target::Cuda => Budgets {
+            device_bytes: gpu_budget().unwrap_or(quarter),
             pinned_bytes: 2 * quarter,
         },
-        _ => Budgets {
+        Target::Host { .. } => Budgets {
             device_bytes: quarter,
             pinned_bytes: quarter,
         },
@@ -94,6 +94,11 @@ pub fn default_budgets(target: Target) -> Budgets {
 
 /// GPU memory that is not asked for: a context with kernels and cuBLASLt takes about half of it.
 const GPU_RESERVE_BYTES: u64 = 1 << 30;
+
+fn gpu_budget() -> Option<u64> {
+    let free = forebay_kernels::cuda::free_bytes().ok()?;
+    Some(free.saturating_sub(GPU_RESERVE_BYTES) & !0xfff)
+}
 
 fn own_target() -> Target {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);

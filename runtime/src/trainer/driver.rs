@@ -105,6 +105,7 @@ impl Driver for Engine {
     }
 
     fn loss(&mut self, from: View) -> Result<()> {
+        self.zero_unwritten(|span| span.overlaps(from.span()));
         let span = Span {
             address: from.address,
             bytes: from.bytes(),
@@ -161,19 +162,15 @@ impl Engine {
             }
             if !moved {
                 self.telemetry.waiting();
-                if let Some(trace) = &mut self.trace {
+                if let Some(trace) = self.tracing() {
                     trace.waiting();
                 }
                 self.nap();
             }
         };
         self.telemetry.entered();
-        if let Some(trace) = &mut self.trace {
-            let kind = self.schedulers[self.pass as usize]
-                .plan()
-                .task(task.id)
-                .kind;
-            trace.entered(kind, task.step, &self.model);
+        if let Some(trace) = self.tracing() {
+            trace.entered(task);
         }
         self.order(Stream::Compute, task);
         self.stage = Some((stage, task));
@@ -286,7 +283,11 @@ impl Engine {
             self.telemetry.end_step(Instant::now());
         }
         self.telemetry.end_pass();
-        self.collect_trace();
+        if self.pass == Pass::Train {
+            self.collect_trace();
+        } else {
+            self.cut_trace();
+        }
         Ok(Finished {
             step: self.steps.saturating_sub(1),
             loss,

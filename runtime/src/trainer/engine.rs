@@ -54,7 +54,7 @@ pub(super) struct OpenStep {
 pub(super) struct Parts {
     pub(super) model: Arc<Model>,
     pub(super) placement: Placement,
-    pub(super) train: Plan,
+    pub(super) train: Arc<Plan>,
     pub(super) eval: Plan,
     pub(super) device: Box<dyn Device>,
     pub(super) store: Store,
@@ -137,10 +137,7 @@ impl Engine {
             runs: model.sections.iter().map(update::runs).collect(),
             sums: model.sections.iter().map(|_| AtomicU64::new(0)).collect(),
             telemetry: Telemetry::new(&train),
-            schedulers: [
-                Scheduler::new(Arc::new(train)),
-                Scheduler::new(Arc::new(eval)),
-            ],
+            schedulers: [Scheduler::new(train), Scheduler::new(Arc::new(eval))],
             pass: Pass::Train,
             flying: Vec::with_capacity(2 * tasks),
             moving: Vec::with_capacity(128),
@@ -275,12 +272,8 @@ impl Engine {
                 .moving
                 .swap_remove(index.expect("every transfer was noted"));
             self.places.return_slab(place, done.slab);
-            if let Some(trace) = &mut self.trace {
-                let kind = self.schedulers[self.pass as usize]
-                    .plan()
-                    .task(task.id)
-                    .kind;
-                trace.transfer_ends(task, kind, &self.model);
+            if let Some(trace) = self.tracing() {
+                trace.transfer_ends(task);
             }
             done.result?;
             self.done(task);
@@ -370,24 +363,31 @@ impl Engine {
     /// Takes note of a task that is under way, and by what its end is known.
     pub(super) fn fly(&mut self, task: TaskRef, sign: Sign) {
         self.flying.push((task, sign));
-        if self.pass == Pass::Train
-            && let Some(trace) = &mut self.trace
-        {
-            let kind = self.schedulers[Pass::Train as usize]
-                .plan()
-                .task(task.id)
-                .kind;
+        if let Some(trace) = self.tracing() {
             match sign {
-                Sign::Device(event) => trace.on_device(event, kind, task.step),
-                Sign::Cpu(seq) => trace.on_cpu(seq, kind, task.step),
+                Sign::Device(event) => trace.on_device(event, task),
+                Sign::Cpu(seq) => trace.on_cpu(seq, task),
             }
         }
+    }
+
+    /// The trace, if one is written and this is a training step.
+    pub(super) fn tracing(&mut self) -> Option<&mut Trace> {
+        self.trace.as_mut().filter(|_| self.pass == Pass::Train)
     }
 
     /// Writes what the trace has waited for.
     pub(super) fn collect_trace(&mut self) {
         if let Some(trace) = &mut self.trace {
-            trace.collect(&mut *self.device, self.lane.worked(), &self.model);
+            trace.collect(&mut *self.device, self.lane.worked());
+        }
+    }
+
+    /// Leaves out of the trace what was no step's, now that all of it is done.
+    pub(super) fn cut_trace(&mut self) {
+        self.collect_trace();
+        if let Some(trace) = &mut self.trace {
+            trace.cut();
         }
     }
 

@@ -38,9 +38,11 @@ use crate::error::{Error, Result};
 use crate::machine;
 use crate::model::Model;
 use crate::queue::{Notifier, WorkQueue};
+use crate::tensor::DType;
 use engine::{Engine, Parts, key};
 use places::Places;
 use scratch::Scratch;
+use trace::Trace;
 use update::Optimizer;
 
 /// Updates of the optimizer's lane that may wait.
@@ -121,6 +123,13 @@ impl Trainer {
         let order_model = model.order();
         let budgets = budgets(options)?;
         let placement = place(&order_model, footprint, options, budgets)?;
+        let train = Arc::new(Plan::training(&order_model, &placement)?);
+        let model = Arc::new(model);
+        // Before anything is made that would be left behind.
+        let trace = options.trace.as_deref();
+        let trace = trace
+            .map(|path| Trace::new(path, &model, &train))
+            .transpose()?;
         let (store_layout, store_options) = disk(&model, &order_model, &placement, options);
         let notifier = Arc::new(Notifier::default());
         let arena = Arena::new(placement.pinned_bytes())?;
@@ -133,7 +142,6 @@ impl Trainer {
             .map_err(Error::system("starting the optimizer's threads"))?;
         let lane = WorkQueue::new("fb-optimizer", LANE_DEPTH, Arc::clone(&notifier))
             .map_err(Error::system("starting the optimizer's lane"))?;
-        let model = Arc::new(model);
         let scratch = Scratch::new(places.scratch);
         let lock = arena.lock().clone();
         let cost = PublishCost {
@@ -148,7 +156,7 @@ impl Trainer {
             bytes: placement.volatile_optim_bytes(),
         };
         let engine = Engine::new(Parts {
-            train: Plan::training(&order_model, &placement)?,
+            train,
             eval: Plan::evaluation(&order_model, &placement)?,
             model: Arc::clone(&model),
             optimizer: Optimizer {
@@ -159,11 +167,7 @@ impl Trainer {
             adam: options.optimizer,
             clip: options.clip,
             publish: options.publish,
-            trace: options
-                .trace
-                .as_deref()
-                .map(trace::Trace::new)
-                .transpose()?,
+            trace,
             placement,
             store,
             arena,
@@ -322,6 +326,13 @@ pub fn stored_user_text(path: &std::path::Path) -> Result<String> {
 }
 
 fn budgets(options: &Options) -> Result<order::Budgets> {
+    if let (Some(device_bytes), Some(pinned_bytes)) = (options.device_budget, options.pinned_budget)
+    {
+        return Ok(order::Budgets {
+            device_bytes,
+            pinned_bytes,
+        });
+    }
     let default = machine::default_budgets(options.target()?);
     Ok(order::Budgets {
         device_bytes: options.device_budget.unwrap_or(default.device_bytes),
@@ -399,7 +410,11 @@ fn disk(
             add(StateKind::Grad, 0, 0, elements, 1);
         }
     }
-    let layout = Layout::new(&model.name, model.fingerprint(), items);
+    let name = match model.dtype {
+        DType::F32 => model.name.clone(),
+        other => format!("{} in {other}", model.name),
+    };
+    let layout = Layout::new(&name, model.fingerprint(), items);
     let mut store = forebay_nvme::Options::new(options.disk.iter());
     store.medium = Arc::clone(&options.medium);
     let mut tuning = store.tuned();

@@ -32,8 +32,8 @@ pub struct Options {
     pub device: DeviceChoice,
     /// The CUDA stream to compute on, where it is not to be one of the trainer's own.
     pub stream: Option<ExternalStream>,
-    /// Bytes of device memory: parameters, gradients, activations and scratch. `None`: from what
-    /// the machine has free.
+    /// Bytes of device memory: parameters, gradients, activations and scratch, and optimizer states where
+    /// there is room still. `None`: from what the machine has free.
     pub device_budget: Option<u64>,
     /// Bytes of page-locked host memory. `None`: from what the machine has free.
     pub pinned_budget: Option<u64>,

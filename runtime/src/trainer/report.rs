@@ -150,8 +150,8 @@ pub struct HopReport {
 pub struct PublishCost {
     /// Bytes on disk of a new store that publishes often, at the end, or never.
     pub space: [u64; 3],
-    /// Bytes written for each generation, beside its map: states that live in pinned memory. Those on
-    /// disk are part of it where they are.
+    /// Bytes written for each generation, beside its map: states that live in pinned memory or on the
+    /// device. Those on disk are part of it where they are.
     pub bytes: u64,
 }
 

@@ -41,6 +41,7 @@ impl Engine {
             }
             self.load(id, &Source::New(master))?;
         }
+        self.cut_trace();
         Ok(())
     }
 
@@ -49,6 +50,7 @@ impl Engine {
         for section in (0..self.places.param.len() as u32).map(SectionId) {
             self.load(section, &Source::Stored)?;
         }
+        self.cut_trace();
         Ok(())
     }
 
@@ -203,6 +205,7 @@ impl Engine {
         }
         let generation = self.store.publish(meta)?;
         self.telemetry.pause(self.device.busy(Stream::Compute));
+        self.cut_trace();
         Ok(generation)
     }
 

@@ -73,7 +73,7 @@ impl Engine {
     }
 
     fn trace_transfer(&mut self, task: TaskRef) {
-        if let Some(trace) = &mut self.trace {
+        if let Some(trace) = self.tracing() {
             trace.transfer_starts(task);
         }
     }

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
-use forebay_prefetch::{TaskKind, TaskRef};
+use forebay_prefetch::{Plan, TaskKind, TaskRef};
 
 use crate::device::{Device, Event, Stream};
 use crate::error::{Error, Result};
@@ -33,9 +34,11 @@ const DISK: usize = 5;
 /// See the module.
 pub(super) struct Trace {
     out: BufWriter<File>,
+    model: Arc<Model>,
+    plan: Arc<Plan>,
     base: Instant,
     /// By lane: what ends at an event of the device, or at a place in the optimizer's queue.
-    labels: [BTreeMap<u64, (TaskKind, u64)>; 4],
+    labels: [BTreeMap<u64, TaskRef>; 4],
     /// When work began whose end is still to come.
     open: [Option<Instant>; 4],
     /// Transfers under way: the task, its lane and when it was asked for.
@@ -45,11 +48,13 @@ pub(super) struct Trace {
 }
 
 impl Trace {
-    pub(super) fn new(path: &Path) -> Result<Self> {
+    pub(super) fn new(path: &Path, model: &Arc<Model>, plan: &Arc<Plan>) -> Result<Self> {
         let file =
-            File::create(path).map_err(Error::system(format!("--trace {}", path.display())))?;
+            File::create(path).map_err(Error::system(format!("the trace {}", path.display())))?;
         let mut trace = Self {
             out: BufWriter::new(file),
+            model: Arc::clone(model),
+            plan: Arc::clone(plan),
             base: Instant::now(),
             labels: Default::default(),
             open: [None; 4],
@@ -66,7 +71,7 @@ impl Trace {
 
     fn line(&mut self, text: std::fmt::Arguments<'_>) {
         // A full disk ends the trace, not the run.
-        self.failed |= writeln!(self.out, "{text}").is_err();
+        self.failed = self.failed || writeln!(self.out, "{text}").is_err();
     }
 
     fn name(&mut self, lane: usize, name: &str) {
@@ -79,21 +84,21 @@ impl Trace {
     fn event(&mut self, lane: usize, name: &str, step: u64, worked: Worked) {
         let micros = |at: Instant| at.saturating_duration_since(self.base).as_secs_f64() * 1e6;
         let (start, end) = (micros(worked.start), micros(worked.end));
-        let name = name.replace(['"', '\\'], "'");
+        let name = serde_json::Value::from(name);
         self.line(format_args!(
-            ",{{\"name\":\"{name}\",\"ph\":\"X\",\"pid\":1,\"tid\":{lane},\"ts\":{start:.3},\"dur\":{:.3},\"args\":{{\"step\":{step}}}}}",
+            ",{{\"name\":{name},\"ph\":\"X\",\"pid\":1,\"tid\":{lane},\"ts\":{start:.3},\"dur\":{:.3},\"args\":{{\"step\":{step}}}}}",
             (end - start).max(0.0)
         ));
     }
 
     /// A task whose work on the device ends with this event.
-    pub(super) fn on_device(&mut self, event: Event, kind: TaskKind, step: u64) {
-        self.labels[event.stream as usize].insert(event.seq, (kind, step));
+    pub(super) fn on_device(&mut self, event: Event, task: TaskRef) {
+        self.labels[event.stream as usize].insert(event.seq, task);
     }
 
     /// A task at this place in the optimizer's queue.
-    pub(super) fn on_cpu(&mut self, seq: Seq, kind: TaskKind, step: u64) {
-        self.labels[CPU].insert(seq, (kind, step));
+    pub(super) fn on_cpu(&mut self, seq: Seq, task: TaskRef) {
+        self.labels[CPU].insert(seq, task);
     }
 
     pub(super) fn transfer_starts(&mut self, task: TaskRef) {
@@ -107,7 +112,7 @@ impl Trace {
         self.transfers[slot] = Some((task, Instant::now()));
     }
 
-    pub(super) fn transfer_ends(&mut self, task: TaskRef, kind: TaskKind, model: &Model) {
+    pub(super) fn transfer_ends(&mut self, task: TaskRef) {
         let of = |t: &Option<(TaskRef, Instant)>| t.is_some_and(|(t, _)| t == task);
         let Some(slot) = self.transfers.iter().position(of) else {
             return;
@@ -116,7 +121,7 @@ impl Trace {
             let end = Instant::now();
             let upto = 0;
             let worked = Worked { upto, start, end };
-            self.event(DISK + slot, &words(kind, model), task.step, worked);
+            self.event(DISK + slot, &self.words(task), task.step, worked);
         }
     }
 
@@ -125,43 +130,47 @@ impl Trace {
     }
 
     /// The trainer entered a stage, having waited or not.
-    pub(super) fn entered(&mut self, kind: TaskKind, step: u64, model: &Model) {
+    pub(super) fn entered(&mut self, task: TaskRef) {
         if let Some(start) = self.waiting.take() {
             let (upto, end) = (0, Instant::now());
-            self.event(
-                TRAINER,
-                &words(kind, model),
-                step,
-                Worked { upto, start, end },
-            );
+            let worked = Worked { upto, start, end };
+            self.event(TRAINER, &self.words(task), task.step, worked);
         }
     }
 
     /// Writes what the device and the optimizer's thread did since the last time.
-    pub(super) fn collect(&mut self, device: &mut dyn Device, cpu: Vec<Worked>, model: &Model) {
+    pub(super) fn collect(&mut self, device: &mut dyn Device, cpu: Vec<Worked>) {
         let streams = [Stream::Compute, Stream::H2d, Stream::D2h];
         let device = streams.map(|stream| (stream as usize, device.worked(stream)));
         for (lane, all) in device.into_iter().chain([(CPU, cpu)]) {
             for worked in all {
-                self.worked(lane, worked, model);
+                self.worked(lane, worked);
             }
         }
     }
 
+    /// What was worked until now was no task's: states were loaded or published, or a model evaluated.
+    pub(super) fn cut(&mut self) {
+        self.open = [None; 4];
+        self.waiting = None;
+    }
+
     /// Work that ends a task, ends several, or is the beginning of one.
-    fn worked(&mut self, lane: usize, mut worked: Worked, model: &Model) {
+    fn worked(&mut self, lane: usize, mut worked: Worked) {
         worked.start = self.open[lane].take().unwrap_or(worked.start);
         let rest = self.labels[lane].split_off(&(worked.upto + 1));
         let ended = std::mem::replace(&mut self.labels[lane], rest);
-        let Some((_, (_, step))) = ended.first_key_value() else {
+        let Some((_, first)) = ended.first_key_value() else {
             self.open[lane] = Some(worked.start);
             return;
         };
-        let names: Vec<_> = ended
-            .values()
-            .map(|(kind, _)| words(*kind, model))
-            .collect();
-        self.event(lane, &names.join(", "), *step, worked);
+        let names: Vec<_> = ended.values().map(|task| self.words(*task)).collect();
+        self.event(lane, &names.join(", "), first.step, worked);
+    }
+
+    /// A task for people.
+    fn words(&self, task: TaskRef) -> String {
+        words(self.plan.task(task.id).kind, &self.model)
     }
 }
 
@@ -174,7 +183,6 @@ impl Drop for Trace {
     }
 }
 
-/// A task for people.
 fn words(kind: TaskKind, model: &Model) -> String {
     let section = |s: forebay_prefetch::SectionId| model.sections[s.0 as usize].name.as_str();
     let stage = |s: forebay_prefetch::StageId| {

@@ -197,7 +197,7 @@ impl Lane {
     fn begin(&mut self) -> Result<(), String> {
         let done = self.watcher.done();
         self.start = Some(match self.pending.back_mut() {
-            Some(mark) if !self.waits && mark.seq > done => {
+            Some(mark) if !self.waits && !self.given && mark.seq > done => {
                 mark.lent = true;
                 mark.end
             }
@@ -400,7 +400,7 @@ impl Device for CudaDevice {
         }
     }
 
-    fn drain(&self) {
+    fn drain(&mut self) {
         self.ended();
     }
 
@@ -413,9 +413,9 @@ impl Device for CudaDevice {
     }
 
     fn worked(&mut self, stream: Stream) -> Vec<Worked> {
-        if self.base.is_none() {
+        if self.base.as_ref().is_none_or(|base| base.is_old()) && self.shared.failure().is_none() {
             self.context.bind();
-            self.base = Base::new(self.lanes[Stream::Compute as usize].stream).map(Arc::new);
+            self.base = Base::new().map(Arc::new);
         }
         let base = self.base.clone();
         self.lanes[stream as usize].watcher.worked(base)
@@ -444,15 +444,23 @@ impl CudaDevice {
     }
 
     /// Waits until all streams are empty; false for a device that does not answer.
-    fn ended(&self) -> bool {
+    fn ended(&mut self) -> bool {
         self.context.bind();
+        // On a stream of the caller's what he queued after us is not waited for.
+        for lane in self.lanes.iter_mut().filter(|lane| lane.given) {
+            if let Err(what) = lane.mark() {
+                self.shared.fail("an event", what);
+            }
+        }
         let start = Instant::now();
         let ready = |lane: &Lane| {
             // SAFETY: a stream of this device. A device that is lost refuses at once, and touches
             // nothing any more.
-            let asked = unsafe { sys::cuStreamQuery(lane.stream) };
+            let empty = || unsafe {
+                sys::cuStreamQuery(lane.stream) != sys::CUresult::CUDA_ERROR_NOT_READY
+            };
             // And all that it did is counted.
-            asked != sys::CUresult::CUDA_ERROR_NOT_READY && lane.watcher.done() >= lane.marked
+            (lane.given || empty()) && lane.watcher.done() >= lane.marked
         };
         let mut nap = Duration::from_micros(20);
         while !self.lanes.iter().all(ready) {

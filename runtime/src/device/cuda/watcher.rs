@@ -140,21 +140,33 @@ unsafe impl Send for Base {}
 unsafe impl Sync for Base {}
 
 impl Base {
-    /// On a stream of the current context, which it waits for.
-    pub(super) fn new(stream: sys::CUstream) -> Option<Self> {
-        let mut event = std::ptr::null_mut();
-        // SAFETY: a valid place; then an event and a stream of this context.
+    /// Now, on a stream of its own: what is queued on others is not waited for.
+    pub(super) fn new() -> Option<Self> {
+        let (mut event, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: valid places; then an event and a stream of this context, which is let go.
         unsafe {
             check("cuEventCreate", sys::cuEventCreate(&raw mut event, 0)).ok()?;
             let mut base = Self {
                 event,
                 at: Instant::now(),
             };
-            check("cuEventRecord", sys::cuEventRecord(event, stream)).ok()?;
-            check("cuEventSynchronize", sys::cuEventSynchronize(event)).ok()?;
+            check(
+                "cuStreamCreate",
+                sys::cuStreamCreate(&raw mut stream, flags),
+            )
+            .ok()?;
+            let recorded = check("cuEventRecord", sys::cuEventRecord(event, stream));
+            let come = check("cuEventSynchronize", sys::cuEventSynchronize(event));
             base.at = Instant::now();
-            Some(base)
+            let _ = sys::cuStreamDestroy_v2(stream);
+            recorded.and(come).ok().map(|()| base)
         }
+    }
+
+    /// Whether times told from it get coarse: milliseconds come in single precision, and clocks drift.
+    pub(super) fn is_old(&self) -> bool {
+        self.at.elapsed() > Duration::from_secs(30)
     }
 
     fn instant(&self, event: sys::CUevent) -> Option<Instant> {

@@ -183,7 +183,7 @@ impl Device for HostDevice {
         Ok(reached)
     }
 
-    fn drain(&self) {
+    fn drain(&mut self) {
         self.streams.iter().for_each(WorkQueue::drain);
     }
 
