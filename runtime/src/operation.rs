@@ -52,6 +52,12 @@ pub trait Operation: Copy + Send + 'static {
         None
     }
 
+    /// The input, by its place, that its host version takes in whatever type it has, where others of bf16
+    /// arrive as f32: a table of which it reads a few rows.
+    fn takes_as_is(&self) -> Option<usize> {
+        None
+    }
+
     /// Runs on the host device, on the compute stream's thread.
     ///
     /// # Errors
@@ -175,7 +181,8 @@ impl Element for half::bf16 {
 }
 
 /// The tensors of a launch as slices, each handed out once, in order. Those of bf16 arrive as f32,
-/// so that an operation is written once for either type; what it writes is rounded when it has run.
+/// so that an operation is written once for either type; what it writes is rounded when it has run. One input
+/// may be taken as it is: [`Operation::takes_as_is`].
 #[derive(Debug)]
 pub struct HostArgs<'a> {
     inputs: std::slice::Iter<'a, View>,
@@ -245,6 +252,8 @@ pub(crate) struct Launch {
     outputs: u8,
     /// Where bf16 tensors are widened for the host device's operations, if they are.
     room: Option<u64>,
+    /// The input that is not.
+    as_is: Option<u8>,
     /// The output that it can set, and whether it is to.
     sets: Option<u8>,
     fresh: bool,
@@ -309,6 +318,7 @@ impl Launch {
             inputs: inputs.len() as u8,
             outputs: outputs.len() as u8,
             room: None,
+            as_is: operation.takes_as_is().map(|input| input as u8),
             sets: operation.sets().map(|output| output as u8),
             fresh: false,
         };
@@ -348,10 +358,15 @@ impl Launch {
         views.split_at(inputs)
     }
 
+    /// Whether its host version wants a tensor, by its place among all, in f32 where it is bf16.
+    fn widens(&self, index: usize, view: &View) -> bool {
+        view.dtype == DType::Bf16 && self.as_is.map(usize::from) != Some(index)
+    }
+
     /// Floats that widening its bf16 tensors takes.
     pub(crate) fn wide_floats(&self) -> u64 {
-        let narrow = self.views().filter(|view| view.dtype == DType::Bf16);
-        narrow.map(|view| wide_floats(view) as u64).sum()
+        let narrow = self.views().enumerate().filter(|(i, v)| self.widens(*i, v));
+        narrow.map(|(_, view)| wide_floats(view) as u64).sum()
     }
 
     /// Has them widened, from this address on.
@@ -393,10 +408,10 @@ impl Launch {
         };
         let mut wide = *self;
         let all = usize::from(self.inputs + self.outputs);
-        for view in &mut wide.views[..all] {
+        for (index, view) in wide.views[..all].iter_mut().enumerate() {
             // SAFETY: the first `inputs + outputs` views were written by `new`.
             let view = unsafe { view.assume_init_mut() };
-            if view.dtype == DType::Bf16 {
+            if self.widens(index, view) {
                 // SAFETY: the room has a place for each of them, which overlaps nothing.
                 unsafe { bf16_to_f32(narrow_slice(view), wide_slice(room, view)) };
                 let floats = wide_floats(view) as u64;
