@@ -37,6 +37,7 @@ use forebay_kernels::cuda::{self, Kernels};
 
 use half::bf16;
 
+use crate::device::Span;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor, TensorMut, View};
 
@@ -107,7 +108,7 @@ impl<'a> CudaContext<'a> {
 /// A tensor of a launch on a CUDA device.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceSlice {
-    /// Where it is in device memory.
+    /// Where it is, as kernels see it.
     pub address: u64,
     /// How long it is.
     pub elements: usize,
@@ -334,6 +335,14 @@ impl Launch {
 
     pub(crate) fn views(&self) -> impl Iterator<Item = &View> {
         self.slices().0.iter().chain(self.slices().1)
+    }
+
+    /// Whether all that it touches may be touched: outputs in the device's memory, inputs there or where
+    /// `also` says.
+    pub(crate) fn lies_in(&self, memory: Span, also: impl Fn(Span) -> bool) -> bool {
+        let (inputs, outputs) = self.slices();
+        let readable = |view: &View| memory.contains(view.span()) || also(view.span());
+        inputs.iter().all(readable) && outputs.iter().all(|view| memory.contains(view.span()))
     }
 
     /// The output that it can set, if that is exactly this place.
