@@ -239,20 +239,20 @@ impl Placement {
 
     /// Optimizer states on the device, of the sections that the next forward pass needs first: the
     /// others have the time until they are needed. What is gathered from comes to the device with its
-    /// states: its new parameters, copied in every step, would be more than the rows.
+    /// states, for its new parameters, copied in every step, would be more than the rows; or freely, where
+    /// it is never updated.
     fn keep_optim_on_device(&mut self, model: &Model, budget: u64) {
         let mut sections: Vec<usize> = (0..model.sections.len()).collect();
         sections.sort_by_key(|s| model.first_use(SectionId(*s as u32)));
         for section in sections {
-            if model.grad_span(SectionId(section as u32)).is_none() {
-                continue;
-            }
             let mut trial = self.clone();
             trial.give_slot(section);
-            trial.grad_home[section] = GradHome::Device;
-            trial.classes[trial.class_of[section]].updated_here += 1;
-            for part in &mut trial.parts[section] {
-                part.home = Tier::Device;
+            if model.grad_span(SectionId(section as u32)).is_some() {
+                trial.grad_home[section] = GradHome::Device;
+                trial.classes[trial.class_of[section]].updated_here += 1;
+                for part in &mut trial.parts[section] {
+                    part.home = Tier::Device;
+                }
             }
             if trial.device_bytes() <= budget {
                 *self = trial;

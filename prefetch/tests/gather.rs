@@ -43,6 +43,15 @@ fn a_table_that_is_only_gathered_from_is_read_in_pinned_memory_and_never_copied_
     let placement = place(&rows, ALL, &options).unwrap();
     assert_eq!(placement.grad_home(SectionId(0)), GradHome::Device);
     assert!(placement.resident(SectionId(0)));
+    // One that is never updated needs room for itself alone.
+    let mut frozen = rows.clone();
+    frozen.stages.last_mut().unwrap().grads.clear();
+    let little = Budgets {
+        device_bytes: least(&frozen, &options).device_bytes + table + 16 * MIB,
+        ..ALL
+    };
+    let placed = [&rows, &frozen].map(|model| place(model, little, &options).unwrap());
+    assert_eq!(placed.map(|p| p.resident(SectionId(0))), [false, true]);
     // What room the device has then, too little for its states, is used where pinned memory is short.
     let short = Budgets {
         device_bytes: with.device_bytes + 20 * MIB,

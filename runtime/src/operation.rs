@@ -456,8 +456,8 @@ impl Launch {
     /// Queues it on a CUDA stream.
     ///
     /// # Safety
-    /// Every view is memory of the context's device, and until the stream has come past it nobody
-    /// unordered with the stream writes an input or touches an output.
+    /// Every view is memory that kernels of the context's device reach, and until the stream has come
+    /// past it nobody unordered with the stream writes an input or touches an output.
     pub(crate) unsafe fn queue_on_cuda(&self, cx: &CudaContext<'_>) -> Result<(), String> {
         let (inputs, outputs) = self.slices();
         let args = CudaArgs {
