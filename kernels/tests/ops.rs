@@ -341,6 +341,12 @@ fn swiglu_embedding_and_sums_are_right() {
     let (table, dout) = (random(&mut rng, 11 * 6), random(&mut rng, 300 * 6));
     let out = on_all(|workers| {
         let (mut rows, mut dtable) = (vec![0.0; 300 * 6], vec![1.0; 11 * 6]);
+        let low: Vec<_> = table.iter().map(|x| half::bf16::from_f32(*x)).collect();
+        let wide: Vec<f32> = low.iter().map(|x| x.to_f32()).collect();
+        let mut rounded = rows.clone();
+        embedding(workers, 6, &ids, &wide, &mut rounded).unwrap();
+        embedding(workers, 6, &ids, &low, &mut rows).unwrap();
+        assert_eq!(rows, rounded, "rows of bf16 come widened");
         embedding(workers, 6, &ids, &table, &mut rows).unwrap();
         embedding_backward(workers, 6, &ids, &dout, &mut dtable).unwrap();
         vec![rows, dtable]
@@ -439,7 +445,7 @@ fn the_classifier_and_its_gradients_are_right_across_tiles() {
 #[test]
 fn ids_and_targets_outside_the_vocabulary_are_errors() {
     let workers = Workers::new(1, "test").unwrap();
-    let error = embedding(&workers, 2, &[0, 7], &[0.0; 14 - 2], &mut [0.0; 4]).unwrap_err();
+    let error = embedding(&workers, 2, &[0, 7], &[0.0f32; 14 - 2], &mut [0.0; 4]).unwrap_err();
     let wanted = KernelError::IdOutOfRange {
         id: 7,
         position: 1,

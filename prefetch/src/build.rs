@@ -48,6 +48,8 @@ struct Progress {
     kept: Option<ClaimRef>,
     /// Its first read, fetch or use in the step.
     first: Option<TaskId>,
+    /// The first stage that reads it in pinned memory.
+    mapped: Option<TaskId>,
     /// Its newest read.
     read: Option<TaskId>,
     grad_slot: Option<ClaimRef>,
@@ -141,8 +143,12 @@ impl<'a> Builder<'a> {
         let spec = &self.stages[index];
         let mut deps = Vec::new();
         let mut frees = Vec::new();
-        for &section in &spec.params {
-            let source = self.param(stage, section);
+        for section in spec.reads() {
+            let source = if in_place(spec, self.placement, section) {
+                ParamSource::Mapped
+            } else {
+                self.param(stage, section)
+            };
             if let ParamSource::Fetched(slot) = source {
                 deps.push(issued(slot.task));
                 let kept = self.keeps[index].contains(&section);
@@ -160,8 +166,13 @@ impl<'a> Builder<'a> {
         }
         let compute = self.add(TaskKind::Compute(stage), Lane::Compute, 0, deps);
         self.at(compute).frees = frees;
-        for &section in &spec.params {
-            self.progress(section).first.get_or_insert(compute);
+        for (section, source) in self.uses[index].params.clone() {
+            let progress = self.progress(section);
+            let first = match source {
+                ParamSource::Mapped => &mut progress.mapped,
+                ParamSource::Resident | ParamSource::Fetched(_) => &mut progress.first,
+            };
+            first.get_or_insert(compute);
         }
         self.uses[index].task = Some(compute);
         self.uses[index].restore = restore;
@@ -465,7 +476,8 @@ impl<'a> Builder<'a> {
         };
         let (norm, commit) = (find(TaskKind::Norm), find(TaskKind::Commit));
         for progress in self.sections.clone() {
-            if let Some(first) = progress.first {
+            // A fetch may run ahead of the stage that reads in place, and the other way round.
+            for first in [progress.first, progress.mapped].into_iter().flatten() {
                 let on_device = self.at(first).lane.on_device();
                 let settled = progress.settled.map(|task| {
                     let pushed = matches!(self.at(task).kind, TaskKind::PushParam(_));
@@ -542,7 +554,7 @@ fn keeps(stages: &[StageSpec], model: &Model, placement: &Placement) -> Vec<Vec<
             continue;
         }
         let uses: Vec<usize> = (0..stages.len())
-            .filter(|s| stages[*s].params.contains(&section))
+            .filter(|s| needs_slot(&stages[*s], placement, section))
             .collect();
         waits.extend(
             uses.windows(2)
@@ -562,7 +574,8 @@ fn keeps(stages: &[StageSpec], model: &Model, placement: &Placement) -> Vec<Vec<
                 .enumerate()
                 .flat_map(|(s, k)| k.iter().map(move |id| (s, id)))
                 .filter(|(s, id)| {
-                    placement.class(**id) == class && next_use(stages, *s, **id) > stage
+                    let next = || next_use(stages, placement, *s, **id);
+                    placement.class(**id) == class && next() > stage
                 })
                 .count()
         };
@@ -573,8 +586,22 @@ fn keeps(stages: &[StageSpec], model: &Model, placement: &Placement) -> Vec<Vec<
     keeps
 }
 
-fn next_use(stages: &[StageSpec], after: usize, section: SectionId) -> usize {
+fn next_use(
+    stages: &[StageSpec],
+    placement: &Placement,
+    after: usize,
+    section: SectionId,
+) -> usize {
     (after + 1..stages.len())
-        .find(|s| stages[*s].params.contains(&section))
+        .find(|s| needs_slot(&stages[*s], placement, section))
         .unwrap_or(stages.len())
+}
+
+fn needs_slot(stage: &StageSpec, placement: &Placement, section: SectionId) -> bool {
+    stage.reads().any(|read| read == section) && !in_place(stage, placement, section)
+}
+
+/// Whether a stage reads a section in pinned memory.
+fn in_place(stage: &StageSpec, placement: &Placement, section: SectionId) -> bool {
+    placement.param_home(section) == Tier::Pinned && stage.gathers.contains(&section)
 }

@@ -64,12 +64,21 @@ pub struct StageSpec {
     pub name: String,
     /// Sections whose parameters it reads on the device.
     pub params: Vec<SectionId>,
+    /// Sections of whose parameters it reads a few rows: on the device or in pinned memory.
+    pub gathers: Vec<SectionId>,
     /// Sections to whose gradients it adds.
     pub grads: Vec<SectionId>,
     /// Bytes of the activation checkpoint that it leaves.
     pub saves: Option<u64>,
     /// The stage whose checkpoint it reads.
     pub restores: Option<StageId>,
+}
+
+impl StageSpec {
+    /// Sections whose parameters it reads in either way.
+    pub(crate) fn reads(&self) -> impl Iterator<Item = SectionId> {
+        self.params.iter().chain(&self.gathers).copied()
+    }
 }
 
 /// A model: its sections, the stages of one training step (forward, loss, backward) and those of
@@ -130,9 +139,8 @@ impl Model {
         }
         for (index, stage) in self.stages.iter().enumerate() {
             let late = stage
-                .params
-                .iter()
-                .find(|s| self.grad_span(**s).is_some_and(|g| g.1 < index));
+                .reads()
+                .find(|s| self.grad_span(*s).is_some_and(|g| g.1 < index));
             if let Some(section) = late {
                 let name = &self.sections[section.0 as usize].name;
                 let what = format!(
@@ -163,7 +171,7 @@ impl Model {
     }
 
     fn misuse(&self, stage: &StageSpec) -> Option<String> {
-        for list in [&stage.params, &stage.grads] {
+        for list in [&stage.params, &stage.gathers, &stage.grads] {
             for (i, id) in list.iter().enumerate() {
                 if id.0 as usize >= self.sections.len() {
                     return Some(format!("names section {}, which does not exist", id.0));
@@ -173,7 +181,12 @@ impl Model {
                 }
             }
         }
-        None
+        let whole = |id: &&SectionId| stage.params.contains(id);
+        let both = stage.gathers.iter().find(whole)?;
+        let name = &self.sections[both.0 as usize].name;
+        Some(format!(
+            "names '{name}' in its params and in its gathers; what it needs whole it finds whole"
+        ))
     }
 
     /// The first and last stage that adds to a section's gradient.
@@ -189,7 +202,14 @@ impl Model {
     pub(crate) fn first_use(&self, section: SectionId) -> usize {
         self.stages
             .iter()
-            .position(|s| s.params.contains(&section))
+            .position(|s| s.reads().any(|read| read == section))
             .unwrap_or(usize::MAX)
+    }
+
+    /// Whether no stage ever needs the whole of a section that some stage gathers from.
+    pub(crate) fn only_gathered(&self, section: SectionId) -> bool {
+        let mut stages = self.stages.iter().chain(&self.eval);
+        let gathered = stages.clone().any(|s| s.gathers.contains(&section));
+        gathered && !stages.any(|s| s.params.contains(&section))
     }
 }

@@ -4,6 +4,8 @@
 //! members is resident; otherwise its members pass through the slots in turn, a ring as in SE-MoE.
 //! Where all parameters are resident and there is room still, optimizer states stay too, section by
 //! section, with the gradient that they wait for.
+//! A section that stages only gather from needs no slot at all where its parameters live in pinned
+//! memory. Living there costs no more than passing through, one slab, so that is tried first.
 //! Pinned memory: first what must pass through it, then what look-ahead wants, then gradients,
 //! parameters and optimizer states as far as they go. The disk takes the rest.
 
@@ -112,17 +114,38 @@ pub struct Placement {
 /// [`Model::validate`] finds.
 pub fn place(model: &Model, budgets: Budgets, options: &PlaceOptions) -> Result<Placement, Error> {
     model.validate()?;
-    let mut placement = Placement::least(model, options);
-    placement.fill_device(model, budgets.device_bytes)?;
-    placement.fill_pinned(model, budgets.pinned_bytes)?;
-    Ok(placement)
+    let filled = |in_place: bool| {
+        let mut placement = Placement::least(model, options, in_place);
+        placement.fill_device(model, budgets.device_bytes)?;
+        placement.fill_pinned(model, budgets)?;
+        Ok(placement)
+    };
+    if matches!(options.policy, Policy::Resident | Policy::Disk) {
+        return filled(false);
+    }
+    filled(true).or_else(|first| match (first, filled(false)) {
+        (_, Ok(placement)) => Ok(placement),
+        (
+            Error::PinnedBudget { have, least },
+            Err(Error::PinnedBudget {
+                least: with_slots, ..
+            }),
+        ) => Err(Error::PinnedBudget {
+            have,
+            least: least.min(with_slots),
+        }),
+        // Without slots it takes less of the device.
+        (first, Err(_)) => Err(first),
+    })
 }
 
 impl Placement {
-    /// As little of every fast tier as a step needs.
-    fn least(model: &Model, options: &PlaceOptions) -> Self {
+    /// As little of every fast tier as a step needs. With `in_place`, what stages only gather from is
+    /// read in pinned memory.
+    fn least(model: &Model, options: &PlaceOptions, in_place: bool) -> Self {
         let mut classes: Vec<Class> = Vec::new();
         let mut class_of = Vec::new();
+        let mut param_home = Vec::new();
         for (id, section) in model.sections.iter().enumerate() {
             let index = classes
                 .iter()
@@ -131,7 +154,11 @@ impl Placement {
                     classes.push(Class::new(section));
                     classes.len() - 1
                 });
-            classes[index].members.push(SectionId(id as u32));
+            let id = SectionId(id as u32);
+            let in_place = in_place && model.only_gathered(id);
+            classes[index].members.push(id);
+            classes[index].slotted.extend((!in_place).then_some(id));
+            param_home.push(if in_place { Tier::Pinned } else { Tier::Disk });
             class_of.push(index);
         }
         for class in &mut classes {
@@ -144,7 +171,7 @@ impl Placement {
             param_stage: vec![0; classes.len()],
             grad_stage: vec![0; classes.len()],
             class_of,
-            param_home: vec![Tier::Disk; count],
+            param_home,
             grad_home: vec![GradHome::Disk; count],
             parts: parts.collect(),
             act_home: model.stages.iter().map(saves).collect(),
@@ -168,7 +195,7 @@ impl Placement {
         let ahead = u64::from(self.options.lookahead);
         if self.options.policy == Policy::Resident {
             self.classes.iter_mut().for_each(|c| {
-                c.param_slots = c.members.len() as u64;
+                c.param_slots = c.slotted.len() as u64;
                 c.grad_slots = c.members.len().min(c.grad_slots_min as usize + 1) as u64;
             });
             let all = (0..self.act_home.len()).collect::<Vec<_>>();
@@ -183,9 +210,10 @@ impl Placement {
         // What overlap wants: room for the stages ahead, for gradients on their way out, and for
         // checkpoints on their way out and back.
         for class in 0..self.classes.len() {
-            let members = self.classes[class].members.len() as u64;
-            let wanted = (self.classes[class].param_slots_min + ahead).min(members);
+            let slotted = self.classes[class].slotted.len() as u64;
+            let wanted = (self.classes[class].param_slots_min + ahead).min(slotted);
             self.grow(budget, wanted, |p| &mut p.classes[class].param_slots);
+            let members = self.classes[class].members.len() as u64;
             let wanted = (self.classes[class].grad_slots_min + ahead.min(1)).min(members);
             self.grow(budget, wanted, |p| &mut p.classes[class].grad_slots);
         }
@@ -201,7 +229,7 @@ impl Placement {
                 self.param_home[section] = Tier::Device;
             }
         }
-        let all_here = self.param_home.iter().all(|home| *home == Tier::Device);
+        let all_here = self.classes.iter().all(Class::resident);
         let may = matches!(self.options.policy, Policy::Auto | Policy::Resident);
         if all_here && may {
             self.keep_optim_on_device(model, budget);
@@ -210,23 +238,36 @@ impl Placement {
     }
 
     /// Optimizer states on the device, of the sections that the next forward pass needs first: the
-    /// others have the time until they are needed.
+    /// others have the time until they are needed. What is gathered from comes to the device with its
+    /// states, for its new parameters, copied in every step, would be more than the rows; or freely, where
+    /// it is never updated.
     fn keep_optim_on_device(&mut self, model: &Model, budget: u64) {
         let mut sections: Vec<usize> = (0..model.sections.len()).collect();
         sections.sort_by_key(|s| model.first_use(SectionId(*s as u32)));
         for section in sections {
-            if model.grad_span(SectionId(section as u32)).is_none() {
-                continue;
-            }
             let mut trial = self.clone();
-            trial.grad_home[section] = GradHome::Device;
-            trial.classes[trial.class_of[section]].updated_here += 1;
-            for part in &mut trial.parts[section] {
-                part.home = Tier::Device;
+            trial.give_slot(section);
+            if model.grad_span(SectionId(section as u32)).is_some() {
+                trial.grad_home[section] = GradHome::Device;
+                trial.classes[trial.class_of[section]].updated_here += 1;
+                for part in &mut trial.parts[section] {
+                    part.home = Tier::Device;
+                }
             }
             if trial.device_bytes() <= budget {
                 *self = trial;
             }
+        }
+    }
+
+    /// A section that was to be read in pinned memory gets a slot of its own.
+    fn give_slot(&mut self, section: usize) {
+        let id = SectionId(section as u32);
+        let class = &mut self.classes[self.class_of[section]];
+        if class.resident() && !class.slotted.contains(&id) {
+            class.slotted.push(id);
+            class.param_slots += 1;
+            self.param_home[section] = Tier::Device;
         }
     }
 
@@ -245,8 +286,8 @@ impl Placement {
             }
         }
         for class in 0..self.classes.len() {
-            let members = self.classes[class].members.len() as u64;
-            self.grow(budget, members, |p| &mut p.classes[class].param_slots);
+            let slotted = self.classes[class].slotted.len() as u64;
+            self.grow(budget, slotted, |p| &mut p.classes[class].param_slots);
         }
     }
 
@@ -275,14 +316,32 @@ impl Placement {
         }
     }
 
-    fn fill_pinned(&mut self, model: &Model, budget: u64) -> Result<(), Error> {
+    /// As it would be with no need of a disk.
+    fn full(&self) -> Self {
         let mut full = self.clone();
-        for section in 0..model.sections.len() {
+        for section in 0..full.param_home.len() {
             full.keep_param(section);
             full.keep_optim(section);
         }
         full.set_grad_homes(true);
         full.stage(true);
+        full
+    }
+
+    fn fill_pinned(&mut self, model: &Model, budgets: Budgets) -> Result<(), Error> {
+        let budget = budgets.pinned_bytes;
+        let mut full = self.full();
+        if full.pinned_bytes() > budget {
+            // What could be read in place is in the way of more than it would save.
+            for section in 0..model.sections.len() {
+                let mut trial = self.clone();
+                trial.give_slot(section);
+                if trial.device_bytes() <= budgets.device_bytes {
+                    *self = trial;
+                }
+            }
+            full = self.full();
+        }
         match self.options.policy {
             Policy::Resident | Policy::Pinned if full.pinned_bytes() > budget => {
                 return Err(Error::PinnedBudget {
@@ -477,10 +536,10 @@ impl Placement {
         &self.options
     }
 
-    /// Whether a section's class has a slot for each member.
+    /// Whether a section has a slot of its own.
     pub fn resident(&self, section: SectionId) -> bool {
         let class = &self.classes[self.class_of[section.0 as usize]];
-        class.param_slots >= class.members.len() as u64
+        class.resident() && class.slotted.contains(&section)
     }
 
     /// The pool of a kind that serves a section.
@@ -492,7 +551,7 @@ impl Placement {
     pub fn member(&self, section: SectionId) -> u32 {
         let class = &self.classes[self.class_of[section.0 as usize]];
         class
-            .members
+            .slotted
             .iter()
             .position(|m| *m == section)
             .unwrap_or(0) as u32

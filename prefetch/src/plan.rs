@@ -204,6 +204,8 @@ pub enum ParamSource {
     Resident,
     /// In the slot that this task filled.
     Fetched(ClaimRef),
+    /// In the section's own slab, which the stage reads from the device.
+    Mapped,
 }
 
 /// A gradient that a stage adds to.
@@ -224,7 +226,7 @@ pub struct GradUse {
 pub struct StageUses {
     /// The stage's task.
     pub task: Option<TaskId>,
-    /// Its parameters.
+    /// Its parameters, those that it gathers from included.
     pub params: Vec<(SectionId, ParamSource)>,
     /// The gradients that it adds to.
     pub grads: Vec<GradUse>,

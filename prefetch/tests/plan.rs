@@ -1,308 +1,27 @@
 //! Plans of random models under random budgets, run by the simulator and checked by a validator
-//! that knows nothing of how plans are built: it follows versions of the data.
+//! that knows nothing of how plans are built.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashMap;
+mod common;
+
 use std::sync::Arc;
 
+use common::*;
 use forebay_prefetch::*;
 use proptest::prelude::*;
-
-const MIB: u64 = 1 << 20;
-
-/// A decoder-shaped model: an embedding tied to the head or not, layers, a norm.
-fn decoder(layers: u32, layer_bytes: u64, embed_bytes: u64, tied: bool, act: u64) -> Model {
-    let section = |name: String, bytes: u64| SectionSize {
-        name,
-        elements: bytes / 4,
-        param_bytes: bytes,
-        grad_slot_bytes: bytes,
-    };
-    let mut sections = vec![
-        section("embed".into(), embed_bytes),
-        section("norm".into(), 4096),
-    ];
-    sections.extend((0..layers).map(|i| section(format!("layer {i}"), layer_bytes)));
-    let head = if tied {
-        SectionId(0)
-    } else {
-        sections.push(section("head".into(), embed_bytes));
-        SectionId(layers + 2)
-    };
-    let stage = |name: &str, params: Vec<SectionId>| StageSpec {
-        name: name.into(),
-        params,
-        ..Default::default()
-    };
-    let mut stages = vec![stage("embed", vec![SectionId(0)])];
-    for i in 0..layers {
-        stages.push(StageSpec {
-            saves: Some(act),
-            ..stage("forward", vec![SectionId(i + 2)])
-        });
-    }
-    let eval = {
-        let mut eval = stages.clone();
-        eval.iter_mut().for_each(|s| s.saves = None);
-        eval.push(stage("head", vec![SectionId(1), head]));
-        eval
-    };
-    let both = vec![SectionId(1), head];
-    stages.push(StageSpec {
-        grads: both.clone(),
-        ..stage("head", both)
-    });
-    for i in (0..layers).rev() {
-        stages.push(StageSpec {
-            grads: vec![SectionId(i + 2)],
-            restores: Some(StageId(i + 1)),
-            ..stage("backward", vec![SectionId(i + 2)])
-        });
-    }
-    stages.push(StageSpec {
-        grads: vec![SectionId(0)],
-        ..stage("embed backward", vec![])
-    });
-    Model {
-        sections,
-        stages,
-        eval,
-    }
-}
-
-fn options(policy: Policy, lookahead: u32, timing: Timing) -> PlaceOptions {
-    PlaceOptions {
-        policy,
-        lookahead,
-        timing,
-        chunk_elements: 1 << 16,
-        ..Default::default()
-    }
-}
-
-const ALL: Budgets = Budgets {
-    device_bytes: u64::MAX / 4,
-    pinned_bytes: u64::MAX / 4,
-};
-
-fn least(model: &Model, options: &PlaceOptions) -> Budgets {
-    let device = match place(
-        model,
-        Budgets {
-            device_bytes: 0,
-            ..ALL
-        },
-        options,
-    )
-    .unwrap_err()
-    {
-        Error::DeviceBudget { least, .. } => least,
-        other => panic!("{other}"),
-    };
-    let budgets = Budgets {
-        device_bytes: device,
-        pinned_bytes: 0,
-    };
-    match place(model, budgets, options).unwrap_err() {
-        Error::PinnedBudget { least, .. } => Budgets {
-            device_bytes: device,
-            pinned_bytes: least,
-        },
-        other => panic!("{other}"),
-    }
-}
-
-/// Follows what each task would read and write, by version: the number of updates in it.
-fn validate(
-    model: &Model,
-    placement: &Placement,
-    report: &SimReport,
-    steps: u64,
-) -> Result<(), String> {
-    let plan = &report.plan;
-    let mut times: HashMap<TaskRef, (f64, f64)> = HashMap::new();
-    for event in &report.trace {
-        if times.insert(event.task, (event.start, event.end)).is_some() {
-            return Err(format!("{:?} ran twice", event.kind));
-        }
-    }
-    if times.len() as u64 != steps * plan.tasks().len() as u64 {
-        return Err(format!("{} tasks ran", times.len()));
-    }
-    let find = |kind: TaskKind, step: u64| {
-        let id = plan.tasks().iter().position(|t| t.kind == kind)?;
-        times
-            .get(&TaskRef {
-                step,
-                id: TaskId(id as u32),
-            })
-            .copied()
-    };
-    let before = |a: Option<(f64, f64)>, b: Option<(f64, f64)>, what: &str| match (a, b) {
-        (Some(a), Some(b)) if a.1 > b.0 => Err(format!("{what}: ends {} starts {}", a.1, b.0)),
-        _ => Ok(()),
-    };
-    for step in 0..steps {
-        for (index, uses) in plan.stages().iter().enumerate() {
-            let stage = StageId(index as u32);
-            let compute = find(TaskKind::Compute(stage), step);
-            for (section, source) in &uses.params {
-                let parts = placement.parts(*section).len() as u32;
-                if let ParamSource::Fetched(slot) = source {
-                    let fetched = times[&TaskRef {
-                        step,
-                        id: slot.task,
-                    }];
-                    before(
-                        Some(fetched),
-                        compute,
-                        "computes before its parameters are there",
-                    )?;
-                }
-                // The version: all updates of the step before, brought home, come first.
-                let uses_of = |kind| plan.tasks().iter().any(|t| t.kind == kind);
-                for part in 0..parts {
-                    let update =
-                        (step > 0).then(|| find(TaskKind::Update(*section, part), step - 1));
-                    before(
-                        update.flatten(),
-                        compute,
-                        "computes on parameters not yet updated",
-                    )?;
-                    if uses_of(TaskKind::FetchParam(*section)) {
-                        let fetch = find(TaskKind::FetchParam(*section), step);
-                        before(
-                            update.flatten(),
-                            fetch,
-                            "fetches parameters not yet updated",
-                        )?;
-                    }
-                    let mine = find(TaskKind::Update(*section, part), step);
-                    before(
-                        compute,
-                        mine,
-                        "updates parameters that are still to be used",
-                    )?;
-                }
-                for kind in [
-                    TaskKind::PushParam(*section),
-                    TaskKind::WriteParam(*section),
-                ] {
-                    let settled = (step > 0).then(|| find(kind, step - 1)).flatten();
-                    before(
-                        settled,
-                        compute,
-                        "computes before the new parameters came home",
-                    )?;
-                    if matches!(kind, TaskKind::WriteParam(_)) {
-                        let read = find(TaskKind::ReadParam(*section), step);
-                        before(settled, read, "reads parameters before they were written")?;
-                    }
-                }
-            }
-            if let Some(saver) = model.stages[index].restores {
-                before(
-                    find(TaskKind::RestoreAct(saver), step),
-                    compute,
-                    "computes before restore",
-                )?;
-                let saved = find(TaskKind::SaveAct(saver), step);
-                before(
-                    saved,
-                    find(TaskKind::RestoreAct(saver), step),
-                    "restores before saving",
-                )?;
-            }
-            for section in &model.stages[index].grads {
-                let out = find(TaskKind::GradOut(*section), step);
-                before(compute, out, "takes a gradient that is not whole")?;
-                let summed = find(TaskKind::GradNorm(*section), step);
-                before(compute, summed, "sums a gradient that is not whole")?;
-            }
-        }
-        let norm = find(TaskKind::Norm, step);
-        for section in (0..model.sections.len() as u32).map(SectionId) {
-            let out = find(TaskKind::GradOut(section), step);
-            let summed = find(TaskKind::GradNorm(section), step);
-            before(out, summed, "sums a gradient that is not there")?;
-            before(summed, norm, "the norm lacks a section")?;
-            for part in 0..placement.parts(section).len() as u32 {
-                let update = find(TaskKind::Update(section, part), step);
-                before(summed, update, "updates before the gradient is there")?;
-                if plan.timing() == Timing::AfterNorm {
-                    before(norm, update, "updates before the norm")?;
-                }
-                before(
-                    find(TaskKind::ReadOptim(section, part), step),
-                    update,
-                    "no states",
-                )?;
-                before(
-                    update,
-                    find(TaskKind::WriteOptim(section, part), step),
-                    "old states",
-                )?;
-                let earlier =
-                    (step > 0).then(|| find(TaskKind::WriteOptim(section, part), step - 1));
-                let read = find(TaskKind::ReadOptim(section, part), step);
-                before(
-                    earlier.flatten(),
-                    read,
-                    "reads states before they were written",
-                )?;
-            }
-        }
-    }
-    // No extent is under way twice at once.
-    let mut disk: Vec<_> = report
-        .trace
-        .iter()
-        .filter_map(|e| {
-            let extent = match e.kind {
-                TaskKind::ReadParam(s) | TaskKind::WriteParam(s) => (s, 0, 0),
-                TaskKind::ReadGrad(s) | TaskKind::SpillGrad(s) => (s, 1, 0),
-                TaskKind::ReadOptim(s, p) | TaskKind::WriteOptim(s, p) => (s, 2, p),
-                _ => return None,
-            };
-            Some((extent, e.start, e.end))
-        })
-        .collect();
-    disk.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    for pair in disk.windows(2) {
-        if pair[0].0 == pair[1].0 && pair[0].2 > pair[1].1 {
-            return Err(format!("{:?} is under way twice", pair[0].0));
-        }
-    }
-    for (pool, peak) in plan.pools().iter().zip(&report.peaks) {
-        if *peak as u64 > pool.buffers {
-            return Err(format!("{:?} held {peak} of {}", pool.kind, pool.buffers));
-        }
-    }
-    Ok(())
-}
-
-fn rates(model: &Model, compute: f64, link: f64, disk: f64) -> Rates {
-    let stage_seconds = vec![compute; model.stages.len()];
-    Rates {
-        stage_seconds,
-        h2d: link,
-        d2h: link,
-        disk_read: disk,
-        disk_write: disk,
-        cpu: 1e12,
-        device_update: 1e11,
-    }
-}
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
     fn any_plan_ends_within_its_pools_and_on_the_right_versions(
-        layers in 1u32..9, tied: bool, layer in 1u64..40, embed in 1u64..60,
+        layers in 1u32..9, tied: bool, gather: bool, layer in 1u64..40, embed in 0u64..60,
         lookahead in 0u32..5, immediate: bool, policy in 0usize..4,
         device in 0u64..100, pinned in 0u64..100, seed in 1u64.., speeds in prop::array::uniform3(0u32..4),
     ) {
+        // Of a size of its own, or sharing slots with the layers.
+        let embed = if embed == 0 { layer } else { embed };
         let model = decoder(layers, layer * 16384, embed * 16384, tied, 8192);
+        let model = if gather { gathering(model) } else { model };
         let timing = if immediate { Timing::Immediate } else { Timing::AfterNorm };
         let policy = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk][policy];
         let options = options(policy, lookahead, timing);
@@ -328,15 +47,17 @@ proptest! {
         validate(&model, &placement, &report, 3).map_err(TestCaseError::fail)?;
         prop_assert_eq!(&simulate(plan, &rates, 3, seed).trace, &report.trace, "same seed, same trace");
         let eval = Arc::new(Plan::evaluation(&model, &placement).unwrap());
+        prop_assert_eq!(in_place(&eval), in_place(&report.plan));
         simulate(eval, &rates, 3, seed);
     }
 
     #[test]
     fn the_least_budgets_in_errors_are_exact(
-        layers in 1u32..9, tied: bool, layer in 1u64..40, lookahead in 0u32..5, immediate: bool,
-        policy in 0usize..4,
+        layers in 1u32..9, tied: bool, gather: bool, layer in 1u64..40, lookahead in 0u32..5,
+        immediate: bool, policy in 0usize..4,
     ) {
         let model = decoder(layers, layer * 16384, 50_000 * 4, tied, 8192);
+        let model = if gather { gathering(model) } else { model };
         let timing = if immediate { Timing::Immediate } else { Timing::AfterNorm };
         let policy = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk][policy];
         let options = options(policy, lookahead, timing);
@@ -445,13 +166,6 @@ fn resident_states_move_nothing_but_gradients_and_new_parameters() {
     );
 }
 
-fn least_device(least: Budgets) -> Budgets {
-    Budgets {
-        device_bytes: least.device_bytes,
-        ..ALL
-    }
-}
-
 #[test]
 fn states_on_disk_move_24_bytes_an_element() {
     let model = decoder(4, MIB, MIB, false, 4096);
@@ -518,6 +232,11 @@ fn stages_that_make_no_sense_are_refused() {
     assert!(broken(|m| m.stages[1].restores = Some(StageId(4))).contains("no checkpoint before"));
     assert!(broken(|m| m.stages[0].saves = Some(1)).contains("no later stage"));
     assert!(broken(|m| m.stages.last_mut().unwrap().params.push(SectionId(3))).contains("whole"));
+    let late = broken(|m| m.stages.last_mut().unwrap().gathers.push(SectionId(3)));
+    assert!(late.contains("whole"));
+    assert!(broken(|m| m.eval[0].gathers.push(SectionId(99))).contains("does not exist"));
+    let both = broken(|m| m.stages[0].gathers.push(SectionId(0)));
+    assert!(both.contains("'embed' in its params and in its gathers"));
     assert!(broken(|m| m.eval[0].grads.push(SectionId(0))).contains("no gradients"));
     assert!(broken(|m| m.sections[0].elements = 0).contains("empty"));
 }

@@ -111,6 +111,7 @@ impl From<u32> for StageId {
 pub struct Stage {
     pub(crate) name: String,
     pub(crate) params: Vec<SectionId>,
+    pub(crate) gathers: Vec<SectionId>,
     pub(crate) grads: Vec<SectionId>,
     pub(crate) saves: Option<Shape>,
     pub(crate) restores: Option<StageId>,
@@ -129,6 +130,21 @@ impl Stage {
     #[must_use]
     pub fn params(mut self, sections: impl IntoIterator<Item = SectionId>) -> Self {
         self.params.extend(sections);
+        self
+    }
+
+    /// It reads single rows of these sections' tensors (those of an embedding that a batch names) and
+    /// needs no whole one on the device. Where such a section is there, it is used there; where its
+    /// parameters live in pinned memory, operations read the rows from it over the link, as PyTorch-Direct
+    /// (arXiv 2101.07956) does, and neither a copy nor a slot is needed; from disk it comes as a whole.
+    ///
+    /// A section that no stage names in [`Stage::params`] is placed for that: it takes device memory only
+    /// where its optimizer states have room there too, or what it would take of pinned memory is short. A
+    /// lease gives its tensors as any others, for operations to read; they are not copied, saved or read
+    /// back. What a stage names here it does not name in [`Stage::params`].
+    #[must_use]
+    pub fn gathers(mut self, sections: impl IntoIterator<Item = SectionId>) -> Self {
+        self.gathers.extend(sections);
         self
     }
 
@@ -298,6 +314,7 @@ impl Model {
         let stage = |s: &Stage| order::StageSpec {
             name: s.name.clone(),
             params: s.params.clone(),
+            gathers: s.gathers.clone(),
             grads: s.grads.clone(),
             saves: s.saves.map(|shape| shape.elements() as u64 * bytes),
             restores: s.restores.map(|id| order::StageId(id.0)),

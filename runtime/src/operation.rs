@@ -37,6 +37,7 @@ use forebay_kernels::cuda::{self, Kernels};
 
 use half::bf16;
 
+use crate::device::Span;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor, TensorMut, View};
 
@@ -49,6 +50,12 @@ pub trait Operation: Copy + Send + 'static {
     /// nothing was added to it yet ([`CudaArgs::fresh`] and [`HostArgs::fresh`] say so then). Gradients that
     /// nobody sets are zeroed before they are added to.
     fn sets(&self) -> Option<usize> {
+        None
+    }
+
+    /// The input, by its place, that its host version takes in whatever type it has, where others of bf16
+    /// arrive as f32: a table of which it reads a few rows.
+    fn takes_as_is(&self) -> Option<usize> {
         None
     }
 
@@ -101,7 +108,7 @@ impl<'a> CudaContext<'a> {
 /// A tensor of a launch on a CUDA device.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceSlice {
-    /// Where it is in device memory.
+    /// Where it is, as kernels see it.
     pub address: u64,
     /// How long it is.
     pub elements: usize,
@@ -175,8 +182,8 @@ impl Element for half::bf16 {
 }
 
 /// The tensors of a launch as slices, each handed out once, in order. Those of bf16 arrive as f32,
-/// so that an operation is written once for either type; what it writes is rounded when it has run.
-/// (Asking for `bf16` is an error, then, that names the type that it is.)
+/// so that an operation is written once for either type; what it writes is rounded when it has run. One input
+/// may be taken as it is: [`Operation::takes_as_is`].
 #[derive(Debug)]
 pub struct HostArgs<'a> {
     inputs: std::slice::Iter<'a, View>,
@@ -246,6 +253,8 @@ pub(crate) struct Launch {
     outputs: u8,
     /// Where bf16 tensors are widened for the host device's operations, if they are.
     room: Option<u64>,
+    /// The input that is not.
+    as_is: Option<u8>,
     /// The output that it can set, and whether it is to.
     sets: Option<u8>,
     fresh: bool,
@@ -310,6 +319,7 @@ impl Launch {
             inputs: inputs.len() as u8,
             outputs: outputs.len() as u8,
             room: None,
+            as_is: operation.takes_as_is().map(|input| input as u8),
             sets: operation.sets().map(|output| output as u8),
             fresh: false,
         };
@@ -325,6 +335,14 @@ impl Launch {
 
     pub(crate) fn views(&self) -> impl Iterator<Item = &View> {
         self.slices().0.iter().chain(self.slices().1)
+    }
+
+    /// Whether all that it touches may be touched: outputs in the device's memory, inputs there or where
+    /// `also` says.
+    pub(crate) fn lies_in(&self, memory: Span, also: impl Fn(Span) -> bool) -> bool {
+        let (inputs, outputs) = self.slices();
+        let readable = |view: &View| memory.contains(view.span()) || also(view.span());
+        inputs.iter().all(readable) && outputs.iter().all(|view| memory.contains(view.span()))
     }
 
     /// The output that it can set, if that is exactly this place.
@@ -349,10 +367,15 @@ impl Launch {
         views.split_at(inputs)
     }
 
+    /// Whether its host version wants a tensor, by its place among all, in f32 where it is bf16.
+    fn widens(&self, index: usize, view: &View) -> bool {
+        view.dtype == DType::Bf16 && self.as_is.map(usize::from) != Some(index)
+    }
+
     /// Floats that widening its bf16 tensors takes.
     pub(crate) fn wide_floats(&self) -> u64 {
-        let narrow = self.views().filter(|view| view.dtype == DType::Bf16);
-        narrow.map(|view| wide_floats(view) as u64).sum()
+        let narrow = self.views().enumerate().filter(|(i, v)| self.widens(*i, v));
+        narrow.map(|(_, view)| wide_floats(view) as u64).sum()
     }
 
     /// Has them widened, from this address on.
@@ -394,10 +417,10 @@ impl Launch {
         };
         let mut wide = *self;
         let all = usize::from(self.inputs + self.outputs);
-        for view in &mut wide.views[..all] {
+        for (index, view) in wide.views[..all].iter_mut().enumerate() {
             // SAFETY: the first `inputs + outputs` views were written by `new`.
             let view = unsafe { view.assume_init_mut() };
-            if view.dtype == DType::Bf16 {
+            if self.widens(index, view) {
                 // SAFETY: the room has a place for each of them, which overlaps nothing.
                 unsafe { bf16_to_f32(narrow_slice(view), wide_slice(room, view)) };
                 let floats = wide_floats(view) as u64;
@@ -433,8 +456,8 @@ impl Launch {
     /// Queues it on a CUDA stream.
     ///
     /// # Safety
-    /// Every view is memory of the context's device, and until the stream has come past it nobody
-    /// unordered with the stream writes an input or touches an output.
+    /// Every view is memory that kernels of the context's device reach, and until the stream has come
+    /// past it nobody unordered with the stream writes an input or touches an output.
     pub(crate) unsafe fn queue_on_cuda(&self, cx: &CudaContext<'_>) -> Result<(), String> {
         let (inputs, outputs) = self.slices();
         let args = CudaArgs {

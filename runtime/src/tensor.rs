@@ -1,8 +1,9 @@
 //! Views of device memory: what operations take and leases give.
 //!
-//! A [`Tensor`] is a shape over a place on the device, valid as long as the lease it came from; a
-//! [`TensorMut`] is one that may be written. Neither owns memory, and neither can be read by the
-//! host: operations are queued on the device's compute stream and run later, in order.
+//! A [`Tensor`] is a shape over a place on the device (or, of what a stage gathers from, in pinned memory
+//! that operations can read), valid as long as the lease it came from; a [`TensorMut`] is one that may be
+//! written. Neither owns memory, and neither can be read by the host: operations are queued on the
+//! device's compute stream and run later, in order.
 
 use std::fmt;
 use std::marker::PhantomData;

@@ -381,7 +381,8 @@ impl Stages {
         head: [SectionId; 2],
         state: [usize; 2],
     ) -> Self {
-        let first = model.train_stage(Stage::new("embed").params([embed]));
+        // Where the classifier is the same table, that stage has it whole on the device, and so has this one.
+        let first = model.train_stage(Stage::new("embed").gathers([embed]));
         let forward: Vec<_> = layers
             .iter()
             .enumerate()
@@ -419,7 +420,7 @@ impl Stages {
         layers: &[SectionId],
         head: [SectionId; 2],
     ) -> Self {
-        let embed = model.eval_stage(Stage::new("embed").params([embed]));
+        let embed = model.eval_stage(Stage::new("embed").gathers([embed]));
         let stage = |(i, s): (usize, &SectionId)| {
             model.eval_stage(Stage::new(format!("layer {i}")).params([*s]))
         };

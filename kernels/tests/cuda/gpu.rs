@@ -53,6 +53,38 @@ impl Drop for Buffer {
     }
 }
 
+/// Page-locked host memory of a test, as kernels see it.
+pub(crate) struct Mapped {
+    host: *mut std::ffi::c_void,
+    pub(crate) address: u64,
+}
+
+impl Mapped {
+    /// With what a buffer holds.
+    pub(crate) fn of(buffer: &Buffer) -> Self {
+        let mut all = Self {
+            host: std::ptr::null_mut(),
+            address: 0,
+        };
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        unsafe {
+            let done = sys::cuMemHostAlloc(&raw mut all.host, buffer.bytes, flags);
+            check("cuMemHostAlloc", done).unwrap();
+            let done = sys::cuMemHostGetDevicePointer_v2(&raw mut all.address, all.host, 0);
+            check("cuMemHostGetDevicePointer", done).unwrap();
+            let done = sys::cuMemcpyDtoH_v2(all.host, buffer.address, buffer.bytes);
+            check("cuMemcpyDtoH", done).unwrap();
+        }
+        all
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        unsafe { sys::cuMemFreeHost(self.host) };
+    }
+}
+
 /// Values in the type under test, and what they are in f32.
 pub(crate) struct Values {
     pub(crate) element: Element,

@@ -12,7 +12,7 @@ mod gpu;
 use forebay_kernels::cpu::{self, AdamW, Exchange, Isa, NormIn, States, ops as host};
 use forebay_kernels::cuda::ops::{self, Queue};
 use forebay_kernels::cuda::{Element, sys};
-use gpu::{Buffer, floats, on_a_gpu};
+use gpu::{Buffer, Mapped, floats, on_a_gpu};
 use half::bf16;
 use rand::Rng;
 
@@ -148,6 +148,10 @@ fn rotations_and_embeddings_agree() {
             }
             host::embedding(&t.workers, cols, &ids, &table.exact, &mut wanted).unwrap();
             assert_eq!(floats(t.element, &out), wanted, "rows are copied");
+            let (host, out) = (Mapped::of(&td), t.room(tokens * cols));
+            let (from, to) = (host.address, out.address);
+            unsafe { ops::embedding(t.queue(), size, idd.address, tokens, from, to).unwrap() };
+            assert_eq!(floats(t.element, &out), wanted, "rows of the host's memory");
             let mut grad = vec![0.5f32; vocabulary * cols];
             let (gd, dd) = (Buffer::of(&grad), dout.on_device());
             let room = Buffer::new(ops::embedding_backward_scratch(tokens));

@@ -1,6 +1,6 @@
 //! Sections of one size, and the slots that they share.
 
-use crate::model::{Model, SectionId, SectionSize};
+use crate::model::{Model, SectionId, SectionSize, StageSpec};
 
 /// Sections of one size.
 #[derive(Clone, Debug)]
@@ -8,6 +8,9 @@ pub(super) struct Class {
     pub(super) param_bytes: u64,
     pub(super) grad_slot_bytes: u64,
     pub(super) members: Vec<SectionId>,
+    /// Members whose parameters stay in slots or pass through them; the others are read in pinned
+    /// memory and never come.
+    pub(super) slotted: Vec<SectionId>,
     pub(super) param_slots: u64,
     pub(super) param_slots_min: u64,
     pub(super) grad_slots: u64,
@@ -22,12 +25,18 @@ impl Class {
             param_bytes: section.param_bytes,
             grad_slot_bytes: section.grad_slot_bytes,
             members: Vec::new(),
+            slotted: Vec::new(),
             param_slots: 0,
             param_slots_min: 0,
             grad_slots: 0,
             grad_slots_min: 0,
             updated_here: 0,
         }
+    }
+
+    /// Whether there is a slot for each member that needs one.
+    pub(super) fn resident(&self) -> bool {
+        self.param_slots >= self.slotted.len() as u64
     }
 
     /// Slots for the gradients of members that are updated elsewhere, and one for each of the others.
@@ -41,9 +50,9 @@ impl Class {
     }
 
     pub(super) fn set_least(&mut self, model: &Model) {
-        let of_class = |ids: &[SectionId]| ids.iter().filter(|s| self.members.contains(s)).count();
+        let of_class = |s: &StageSpec| s.reads().filter(|s| self.slotted.contains(s)).count();
         let stages = model.stages.iter().chain(&model.eval);
-        self.param_slots_min = stages.map(|s| of_class(&s.params)).max().unwrap_or(0) as u64;
+        self.param_slots_min = stages.map(of_class).max().unwrap_or(0) as u64;
         let spans: Vec<_> = self
             .members
             .iter()

@@ -89,6 +89,9 @@ pub(crate) trait Device: Send {
     /// A device that ends without an answer keeps it mapped for good.
     fn pin(&mut self, arena: &Arena) -> Result<()>;
 
+    /// Where operations find memory that was pinned, to read it; `None` for any other.
+    fn mapped(&self, host: *const u8) -> Option<u64>;
+
     /// Queues a copy into device memory on `stream` and returns the event of its end.
     ///
     /// # Safety
@@ -112,8 +115,9 @@ pub(crate) trait Device: Send {
     /// Queues an operation on the compute stream; [`Device::newest`] gives its event.
     ///
     /// # Safety
-    /// Its views lie in [`Device::memory`]; what it writes overlaps no other view of it; and
-    /// nothing unordered with the compute stream touches them.
+    /// Its views lie in [`Device::memory`], or, where they are only read, in memory that was pinned; what
+    /// it writes overlaps no other view of it; and nothing unordered with the compute stream touches
+    /// what it writes, or writes what it reads.
     unsafe fn launch(&mut self, launch: Launch);
 
     /// Queues zeros into `span` on the compute stream; [`Device::newest`] gives its event.

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forebay_kernels::cuda::Args;
+use forebay_pinned::Slab;
 
 use super::*;
 use crate::operation::{CudaArgs, CudaContext, HostArgs, HostContext, Operation};
+use crate::ops;
 use crate::target::DeviceChoice;
 use crate::tensor::{DType, Shape, Tensor, TensorMut, View};
 
@@ -248,6 +250,77 @@ fn outputs_that_overlap_anything_are_refused_before_they_are_queued() {
         let outputs = [TensorMut::new(a), TensorMut::new(b)];
         assert!(Launch::new(SlowIncrement(0), &[], &outputs).is_err());
     }
+}
+
+/// Page-locked memory that a device knows, and a view of it as operations see it.
+fn pinned(device: &mut dyn Device) -> (Slab, View) {
+    let arena = Arena::new(1 << 16).unwrap();
+    // The view is not where the arena begins.
+    let (before, slab) = (arena.lease(4096).unwrap(), arena.lease(4096).unwrap());
+    device.pin(&arena).unwrap();
+    drop(before);
+    let address = device.mapped(slab.address()).unwrap();
+    let shape = Shape::from([64]);
+    let dtype = DType::F32;
+    (
+        slab,
+        View {
+            address,
+            dtype,
+            shape,
+        },
+    )
+}
+
+fn narrowed(device: &dyn Device) -> View {
+    View {
+        dtype: DType::Bf16,
+        ..view(device, 512, 64)
+    }
+}
+
+#[test]
+fn operations_read_memory_that_was_pinned_as_it_is_when_they_run() {
+    for mut device in devices() {
+        let device = &mut *device;
+        assert_eq!(device.mapped([0u8; 8].as_ptr()), None);
+        let (mut slab, table) = pinned(device);
+        let to = narrowed(device);
+        for value in [1.0f32, 2.0] {
+            bytemuck::cast_slice_mut(&mut slab[..256]).fill(value);
+            let mut back = vec![half::bf16::ZERO; 64];
+            // SAFETY: nobody writes the slab before the drain, which `back` outlives.
+            unsafe {
+                device.launch(ops::narrow(table, to).unwrap());
+                device.copy_out(Stream::Compute, span(to), back.as_mut_ptr().cast());
+            }
+            device.drain();
+            assert!(back.iter().all(|x| x.to_f32() == value), "{}", back[0]);
+        }
+        // The arena ends where it ends.
+        let end = slab.address().wrapping_add((1 << 16) - 4096);
+        assert!(device.mapped(end.wrapping_sub(1)).is_some());
+        assert_eq!(device.mapped(end), None);
+    }
+}
+
+#[test]
+#[should_panic(expected = "outside the device")]
+fn an_operation_never_writes_memory_that_was_pinned() {
+    let mut device = devices().swap_remove(0);
+    let (_slab, place) = pinned(&mut *device);
+    increment(&mut *device, place, 0);
+}
+
+#[test]
+#[should_panic(expected = "outside the device")]
+fn an_operation_never_reads_beyond_memory_that_was_pinned() {
+    let mut device = devices().swap_remove(0);
+    let (_slab, mut place) = pinned(&mut *device);
+    place.shape = Shape::from([(1 << 16) / 4]);
+    let launch = ops::narrow(place, narrowed(&*device)).unwrap();
+    // SAFETY: it panics before anything is touched.
+    unsafe { device.launch(launch) };
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
+use half::bf16;
 
 use super::{expect, expect_tensor, expect_types, scratch, words};
 use crate::error::Result;
@@ -12,6 +13,7 @@ use crate::trainer::Step;
 #[derive(Clone, Copy)]
 struct Forward {
     cols: usize,
+    table: DType,
 }
 
 impl Operation for Forward {
@@ -19,10 +21,20 @@ impl Operation for Forward {
         "embedding"
     }
 
+    /// All of the table would be widened for a few of its rows.
+    fn takes_as_is(&self) -> Option<usize> {
+        Some(1)
+    }
+
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
-        let (ids, table) = (args.input()?, args.input()?);
-        host::embedding(&cx.workers, self.cols, ids, table, args.output()?)
-            .map_err(|e| e.to_string())
+        let (w, cols, ids) = (&cx.workers, self.cols, args.input()?);
+        let done = match self.table {
+            DType::Bf16 => host::embedding::<bf16>(w, cols, ids, args.input()?, args.output()?),
+            DType::F32 | DType::U32 => {
+                host::embedding::<f32>(w, cols, ids, args.input()?, args.output()?)
+            }
+        };
+        done.map_err(|e| e.to_string())
     }
 
     fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
@@ -94,7 +106,11 @@ pub fn embedding(
     let name = "embedding";
     expect_types(name, &[table.dtype(), out.dtype()], &[])?;
     let cols = cols(name, ids, table.shape(), out.shape())?;
-    step.launch(Forward { cols }, &[*ids, *table], &[out.reborrow()])
+    let operation = Forward {
+        cols,
+        table: table.dtype(),
+    };
+    step.launch(operation, &[*ids, *table], &[out.reborrow()])
 }
 
 /// `dtable[ids[t]] += dout[t]`.

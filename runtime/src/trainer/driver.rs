@@ -43,6 +43,7 @@ impl Driver for Engine {
         let uses = &plan.stages()[stage.0 as usize];
         match uses.params.iter().find(|(s, _)| *s == section) {
             Some((_, ParamSource::Fetched(claim))) => self.slot(plan, task.step, *claim),
+            Some((_, ParamSource::Mapped)) => self.mapped(section),
             _ => self.resident(section),
         }
     }
@@ -72,8 +73,9 @@ impl Driver for Engine {
 
     fn launch(&mut self, mut launch: Launch) -> Result<()> {
         self.begin_gradients(&mut launch);
-        // SAFETY: views come from leases and frames: inside device memory; outputs overlap nothing
-        // (checked by `Launch::new`); and the scheduler keeps copies off what a stage uses.
+        // SAFETY: views come from leases and frames: inside device memory, or a slab that a stage gathers
+        // from; outputs overlap nothing (checked by `Launch::new`); and the scheduler keeps copies and
+        // updates off what a stage uses.
         unsafe { self.device.launch(launch) };
         Ok(())
     }

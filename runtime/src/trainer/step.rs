@@ -198,8 +198,32 @@ impl<'t> Step<'t> {
         }))
     }
 
+    /// What a stage gathers from may lie outside the device: operations read it and nothing else does,
+    /// wherever it lies.
+    fn not_gathered(&self, from: View) -> Result<()> {
+        let core = self.core.borrow();
+        let entered = core.next.checked_sub(1).filter(|_| core.inside);
+        let stage = entered.and_then(|index| self.stages.get(index as usize));
+        let gathered = stage.iter().flat_map(|stage| &stage.gathers).find(|id| {
+            let elements = self.model.sections[id.0 as usize].elements();
+            let section = Span {
+                address: core.driver.param(**id),
+                bytes: elements * self.model.dtype.bytes() as u64,
+            };
+            section.overlaps(from.span())
+        });
+        match gathered {
+            None => Ok(()),
+            Some(id) => Err(Error::Misuse(format!(
+                "'{}' is gathered from and cannot be copied; name it in the stage's params",
+                self.model.sections[id.0 as usize].name
+            ))),
+        }
+    }
+
     /// Copies a tensor to another place of as many bytes, on the device.
     pub(crate) fn copy(&self, from: View, to: View) -> Result<()> {
+        self.not_gathered(from)?;
         let to = Span {
             address: to.address,
             bytes: to.bytes(),
@@ -219,6 +243,7 @@ impl<'t> Step<'t> {
                 what,
             });
         }
+        self.not_gathered(loss.view)?;
         self.core.borrow_mut().driver.loss(loss.view)
     }
 
@@ -236,6 +261,7 @@ impl<'t> Step<'t> {
                 what,
             });
         }
+        self.not_gathered(tensor.view)?;
         if tensor.dtype() == DType::F32 {
             return self.core.borrow_mut().driver.read(tensor.view, out);
         }
@@ -363,6 +389,7 @@ impl Host for Step<'_> {
     }
 
     fn copy(&self, from: View, to: Span) -> Result<()> {
+        self.not_gathered(from)?;
         self.core.borrow_mut().driver.copy(from, to)
     }
 
@@ -422,13 +449,18 @@ pub struct StageLease<'s> {
 }
 
 impl StageLease<'_> {
-    /// A parameter tensor of one of the stage's sections.
+    /// A parameter tensor of one of the stage's sections, those that it gathers from included.
     ///
     /// # Errors
     /// [`Error::Misuse`] if the stage did not declare the section or it has no such tensor.
     pub fn param(&self, section: SectionId, tensor: &str) -> Result<Tensor<'_>> {
         let dtype = self.model.dtype;
-        let (start, shape) = self.place(&self.spec.params, "params", section, tensor)?;
+        let declared = if self.spec.gathers.contains(&section) {
+            &self.spec.gathers
+        } else {
+            &self.spec.params
+        };
+        let (start, shape) = self.place(declared, "params or gathers", section, tensor)?;
         let address = self.step.param(section) + start * dtype.bytes() as u64;
         Ok(Tensor::new(View {
             address,

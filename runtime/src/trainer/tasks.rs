@@ -143,6 +143,14 @@ impl Engine {
         self.places.slot(pool, self.placement.member(section))
     }
 
+    /// Where operations find the parameters of a section that a stage reads in pinned memory.
+    pub(super) fn mapped(&self, section: SectionId) -> u64 {
+        let slab = self.places.param[section.0 as usize].as_ref();
+        let slab = slab.expect("the plan reads in place what lives in pinned memory");
+        let address = self.device.mapped(slab.address());
+        address.expect("the arena was made known to the device")
+    }
+
     pub(super) fn grad_norm(&mut self, task: TaskRef, spec: &Task, section: SectionId) {
         let grad = self.places.get(self.slab_place(task, spec)).address() as usize;
         let (optimizer, sums) = (Arc::clone(&self.optimizer), Arc::clone(&self.sums));

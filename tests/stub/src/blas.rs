@@ -301,7 +301,7 @@ fn product(
 }
 
 fn check(address: u64, bytes: u64) -> Result<(), Fault> {
-    match machine().lock().memory.on_device(address, bytes) {
+    match machine().lock().memory.reachable(address, bytes) {
         true => Ok(()),
         false => Err(Fault {
             code: code::ILLEGAL_ADDRESS,

@@ -66,10 +66,7 @@ driver! {
         address.set(state.memory.allocate_host(bytes as u64)?)
     };
     cuMemHostGetDevicePointer_v2(device: Place<u64>, host: u64, _flags: u32) Context |state| {
-        match state.memory.is_locked(host, 1)? {
-            true => device.set(host),
-            false => Err(code::INVALID_VALUE),
-        }
+        device.set(state.memory.mapped(host)?)
     };
     cuMemFreeHost(address: u64) Nothing |state| {
         unused(state, address, 1);

@@ -154,6 +154,11 @@ impl State {
         }
     }
 
+    /// Counts something that is no call.
+    pub(crate) fn note(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
     pub(crate) fn count(&self, function: &str) -> u64 {
         self.counts.get(function).copied().unwrap_or(0)
     }

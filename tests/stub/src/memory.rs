@@ -8,6 +8,9 @@ use crate::call::{Done, code};
 /// What memory holds that nobody wrote: NaN, and no token id.
 const NOTHING: u8 = 0xff;
 
+/// The device sees host memory here and not where the host does, as CUDA does not promise that.
+const MAPPED: u64 = 1 << 60;
+
 /// Where host memory came from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Host {
@@ -146,10 +149,24 @@ impl Memory {
         }
     }
 
+    /// Where the device sees a byte of page-locked memory.
+    pub(crate) fn mapped(&self, host: u64) -> Result<u64, i32> {
+        match self.is_locked(host, 1)? {
+            true => Ok(host + MAPPED),
+            false => Err(code::INVALID_VALUE),
+        }
+    }
+
     /// Whether a kernel may touch it.
     pub(crate) fn reachable(&self, address: u64, bytes: u64) -> bool {
-        self.on_device(address, bytes) || self.is_locked(address, bytes) == Ok(true)
+        let locked = |host| self.is_locked(host, bytes) == Ok(true);
+        self.on_device(address, bytes) || is_mapped(address) && locked(address - MAPPED)
     }
+}
+
+/// Whether the device sees host memory there.
+pub(crate) fn is_mapped(address: u64) -> bool {
+    address >= MAPPED
 }
 
 /// Bytes of memory that the caller of the library vouches for.
@@ -158,7 +175,8 @@ pub(crate) fn read(address: u64, bytes: u64) -> Vec<u8> {
     // SAFETY: device memory that is allocated (checked by whoever asks), or host memory that the
     // caller said is readable for so long; as racy as a device's own reads.
     unsafe {
-        std::ptr::copy_nonoverlapping(address as *const u8, all.as_mut_ptr(), all.len());
+        let from = (address & !MAPPED) as *const u8;
+        std::ptr::copy_nonoverlapping(from, all.as_mut_ptr(), all.len());
     }
     all
 }
@@ -167,6 +185,7 @@ pub(crate) fn read(address: u64, bytes: u64) -> Vec<u8> {
 pub(crate) fn write(address: u64, bytes: &[u8]) {
     // SAFETY: as in `read`, writable.
     unsafe {
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len());
+        let to = (address & !MAPPED) as *mut u8;
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
     }
 }

@@ -20,15 +20,15 @@ pub(super) fn check(ids: &[u32], vocabulary: usize) -> Result<(), KernelError> {
     }
 }
 
-/// `out[t] = table[ids[t]]`: table is `[vocabulary, cols]`, out `[tokens, cols]`.
+/// `out[t] = table[ids[t]]`: table is `[vocabulary, cols]` in f32 or bf16, out `[tokens, cols]`.
 ///
 /// # Errors
 /// [`KernelError::IdOutOfRange`].
-pub fn embedding(
+pub fn embedding<T: Copy + Sync + Into<f32>>(
     w: &Workers,
     cols: usize,
     ids: &[u32],
-    table: &[f32],
+    table: &[T],
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     assert_eq!(out.len(), ids.len() * cols, "sizes of an embedding");
@@ -39,7 +39,10 @@ pub fn embedding(
             let id = ids[t] as usize;
             // SAFETY: each token belongs to one block.
             let out = unsafe { out.piece(t * cols..(t + 1) * cols) };
-            out.copy_from_slice(&table[id * cols..(id + 1) * cols]);
+            let row = &table[id * cols..(id + 1) * cols];
+            out.iter_mut()
+                .zip(row)
+                .for_each(|(out, x)| *out = (*x).into());
         }
     });
     Ok(())

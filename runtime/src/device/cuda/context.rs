@@ -1,6 +1,7 @@
-//! The device's primary context (the one that PyTorch uses too), and memory in it.
+//! The device's primary context (the one that PyTorch uses too), memory in it and host memory known to it.
 
 use forebay_kernels::cuda::{CudaError, check, sys};
+use forebay_pinned::Arena;
 
 use crate::device::Span;
 
@@ -93,6 +94,54 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: allocated by `new`; the streams are empty.
         let _ = unsafe { sys::cuMemFree_v2(self.address) };
+    }
+}
+
+/// An arena of host memory that copies and kernels of the device reach by themselves.
+pub(super) struct Registered {
+    arena: Arena,
+    /// Where kernels find it.
+    on_device: u64,
+}
+
+impl Registered {
+    pub(super) fn new(arena: &Arena) -> Result<Self, CudaError> {
+        let (base, bytes) = (arena.base().cast(), arena.capacity());
+        // Mapped, so that kernels can read it; known to every context; never write-combined.
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: mapped memory, kept until it is unregistered.
+        let done = unsafe { sys::cuMemHostRegister_v2(base, bytes as usize, flags) };
+        check("cuMemHostRegister", done)?;
+        // From here on it is given back.
+        let mut all = Self {
+            arena: arena.clone(),
+            on_device: 0,
+        };
+        // SAFETY: a valid place, and memory that was just registered to be mapped.
+        let mapped = unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut all.on_device, base, 0) };
+        check("cuMemHostGetDevicePointer", mapped)?;
+        Ok(all)
+    }
+
+    /// All of it, as kernels see it.
+    pub(super) fn span(&self) -> Span {
+        Span {
+            address: self.on_device,
+            bytes: self.arena.capacity(),
+        }
+    }
+
+    /// Where kernels find a byte of it.
+    pub(super) fn on_device(&self, host: *const u8) -> Option<u64> {
+        let offset = (host as u64).checked_sub(self.arena.base() as u64)?;
+        (offset < self.arena.capacity()).then(|| self.on_device + offset)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // SAFETY: registered by `new`, still mapped, used by no stream.
+        let _ = unsafe { sys::cuMemHostUnregister(self.arena.base().cast()) };
     }
 }
 

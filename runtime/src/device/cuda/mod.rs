@@ -28,7 +28,7 @@ use crate::target::{ExternalStream, Target};
 mod context;
 mod watcher;
 
-use context::{Context, HostWord, Memory};
+use context::{Context, HostWord, Memory, Registered};
 use watcher::{Base, Mark, Shared, Watcher};
 
 /// Copies behind one mark, at most: so long that a mark costs nothing, so short that nobody waits for it.
@@ -43,7 +43,7 @@ pub(crate) struct CudaDevice {
     shared: Arc<Shared>,
     kernels: ManuallyDrop<Kernels>,
     memory: ManuallyDrop<Memory>,
-    pinned: Vec<Arena>,
+    pinned: Vec<Registered>,
     fault: Arc<HostWord>,
     /// From where time is told, once somebody asked.
     base: Option<Arc<Base>>,
@@ -270,20 +270,19 @@ impl Device for CudaDevice {
 
     fn pin(&mut self, arena: &Arena) -> Result<()> {
         self.context.bind();
-        let (base, bytes) = (arena.base(), arena.capacity());
-        // Mapped, so that kernels can read it; known to every context; never write-combined.
-        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
-        // SAFETY: mapped memory, kept until it is unregistered.
-        let done = unsafe { sys::cuMemHostRegister_v2(base.cast(), bytes as usize, flags) };
-        check("cuMemHostRegister", done).map_err(|error| Error::NoDevice {
+        let registered = Registered::new(arena).map_err(|error| Error::NoDevice {
             wanted: "cuda",
             why: format!(
                 "{} of host memory cannot be page-locked for it: {error}",
-                Bytes(bytes)
+                Bytes(arena.capacity())
             ),
         })?;
-        self.pinned.push(arena.clone());
+        self.pinned.push(registered);
         Ok(())
+    }
+
+    fn mapped(&self, host: *const u8) -> Option<u64> {
+        self.pinned.iter().find_map(|arena| arena.on_device(host))
     }
 
     unsafe fn copy_in(&mut self, stream: Stream, to: Span, source: *const u8) -> Event {
@@ -326,20 +325,15 @@ impl Device for CudaDevice {
     }
 
     unsafe fn launch(&mut self, launch: Launch) {
-        let memory = self.memory();
-        let inside = launch.views().all(|v| {
-            memory.contains(Span {
-                address: v.address,
-                bytes: v.bytes(),
-            })
-        });
+        let pinned = |span| self.pinned.iter().any(|arena| arena.span().contains(span));
         assert!(
-            inside,
+            launch.lies_in(self.memory(), pinned),
             "'{}' was given memory outside the device",
             launch.name()
         );
         self.queue(launch.name(), Stream::Compute, |stream, kernels| {
-            // SAFETY: device memory (checked above), ordered and disjoint by the contract of `launch`.
+            // SAFETY: memory that kernels may read or write so (checked above), ordered and disjoint by the
+            // contract of `launch`.
             unsafe { launch.queue_on_cuda(&CudaContext { kernels, stream }) }
         });
     }
@@ -499,10 +493,7 @@ impl Drop for CudaDevice {
             self.abandon();
             return;
         }
-        for arena in self.pinned.drain(..) {
-            // SAFETY: registered by `pin`, still mapped, used by no stream.
-            let _ = unsafe { sys::cuMemHostUnregister(arena.base().cast()) };
-        }
+        self.pinned.clear();
         // SAFETY: dropped here and nowhere else; the streams are empty.
         unsafe {
             ManuallyDrop::drop(&mut self.kernels);

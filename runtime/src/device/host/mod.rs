@@ -28,6 +28,7 @@ pub(crate) struct HostDevice {
     streams: [WorkQueue; 3],
     context: Arc<HostContext>,
     memory: Mapping,
+    pinned: Vec<Arena>,
 }
 
 impl HostDevice {
@@ -48,6 +49,7 @@ impl HostDevice {
             streams: [stream("fb-stream")?, stream("fb-h2d")?, stream("fb-d2h")?],
             context: Arc::new(HostContext { workers }),
             memory,
+            pinned: Vec::new(),
         })
     }
 
@@ -57,6 +59,17 @@ impl HostDevice {
 
     fn contains(&self, span: Span) -> bool {
         self.memory().contains(span)
+    }
+
+    fn is_pinned(&self, span: Span) -> bool {
+        let inside = |arena: &Arena| {
+            let all = Span {
+                address: arena.base() as u64,
+                bytes: arena.capacity(),
+            };
+            all.contains(span)
+        };
+        self.pinned.iter().any(inside)
     }
 }
 
@@ -72,8 +85,15 @@ impl Device for HostDevice {
         }
     }
 
-    fn pin(&mut self, _: &Arena) -> Result<()> {
+    fn pin(&mut self, arena: &Arena) -> Result<()> {
+        self.pinned.push(arena.clone());
         Ok(())
+    }
+
+    fn mapped(&self, host: *const u8) -> Option<u64> {
+        let address = host as u64;
+        let byte = Span { address, bytes: 1 };
+        self.is_pinned(byte).then_some(address)
     }
 
     unsafe fn copy_in(&mut self, stream: Stream, to: Span, source: *const u8) -> Event {
@@ -127,21 +147,15 @@ impl Device for HostDevice {
     }
 
     unsafe fn launch(&mut self, launch: Launch) {
-        let inside = launch.views().all(|v| {
-            self.contains(Span {
-                address: v.address,
-                bytes: v.bytes(),
-            })
-        });
         assert!(
-            inside,
+            launch.lies_in(self.memory(), |span| self.is_pinned(span)),
             "'{}' was given memory outside the device",
             launch.name()
         );
         let context = Arc::clone(&self.context);
         self.stream(Stream::Compute).push(launch.name(), move || {
             // SAFETY: the views lie in mapped memory (checked above) that stays mapped until this
-            // stream has ended, and are ordered and disjoint by the contract of `launch`.
+            // stream has ended (a pinned arena is kept as well), and are ordered and disjoint by the contract of `launch`.
             unsafe { launch.run_on_host(&context) }
         });
     }

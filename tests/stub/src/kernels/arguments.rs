@@ -92,10 +92,12 @@ impl Call<'_> {
         }
         let size = parameter.kind.bytes() as u64;
         let address = u64::from_le_bytes(word(bytes)) + first as u64 * size;
-        let there = machine()
-            .lock()
-            .memory
-            .reachable(address, (n as u64 * size).max(1));
+        let mut state = machine().lock();
+        let there = state.memory.reachable(address, (n as u64 * size).max(1));
+        if memory::is_mapped(address) {
+            state.note("host memory in a kernel");
+        }
+        drop(state);
         match there {
             _ if n == 0 => Ok((address, parameter.kind)),
             true => Ok((address, parameter.kind)),
