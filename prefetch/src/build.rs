@@ -276,7 +276,8 @@ impl<'a> Builder<'a> {
         if home == GradHome::Device {
             let deps = vec![issued(compute)];
             let norm = self.add(TaskKind::GradNorm(section), Lane::Update, elements, deps);
-            self.at(norm).slot = Some(slot);
+            // By then the gradient is in its own place.
+            self.at(norm).frees.push(slot);
             self.progress(section).norm = Some(norm);
             return;
         }
@@ -368,20 +369,11 @@ impl<'a> Builder<'a> {
         progress.states = states;
     }
 
-    /// Updates the parts of a section on the device, where its gradient waits in its slot.
+    /// Updates the parts of a section on the device, where its gradient waits in its own place.
     fn updates_on_device(&mut self, section: SectionId, ready: Dep) {
-        let slot = self.progress(section).grad_slot;
-        let parts = self.placement.parts(section).to_vec();
-        for (index, part) in (0..).zip(&parts) {
+        for (index, part) in (0..).zip(self.placement.parts(section).to_vec()) {
             let kind = TaskKind::Update(section, index);
             let update = self.add(kind, Lane::Update, part.elements, vec![ready]);
-            self.at(update).slot = slot;
-            // In one stream the last to start is the last to end; to start last it waits for all.
-            if index as usize + 1 == parts.len() {
-                let before = self.progress(section).updates.clone();
-                self.at(update).deps.extend(before.into_iter().map(issued));
-                self.at(update).frees.extend(slot);
-            }
             self.progress(section).updates.push(update);
         }
     }
@@ -477,7 +469,13 @@ impl<'a> Builder<'a> {
         let (norm, commit) = (find(TaskKind::Norm), find(TaskKind::Commit));
         for progress in self.sections.clone() {
             // A fetch may run ahead of the stage that reads in place, and the other way round.
-            for first in [progress.first, progress.mapped].into_iter().flatten() {
+            let read = progress.first.is_some() || progress.mapped.is_some();
+            // One that no stage reads is first met where its gradient begins.
+            let begins = progress.grad_slot.filter(|_| !read).map(|slot| slot.task);
+            for first in [progress.first, progress.mapped, begins]
+                .into_iter()
+                .flatten()
+            {
                 let on_device = self.at(first).lane.on_device();
                 let settled = progress.settled.map(|task| {
                     let pushed = matches!(self.at(task).kind, TaskKind::PushParam(_));

@@ -85,7 +85,7 @@ pub enum GradHome {
     Disk,
     /// Nowhere: the update follows at once, from a shared slab.
     Passing,
-    /// On the device, where the section is updated: it keeps its slot until then.
+    /// On the device, in a place of the section's own, where it is updated.
     Device,
 }
 
@@ -249,7 +249,6 @@ impl Placement {
             trial.give_slot(section);
             if model.grad_span(SectionId(section as u32)).is_some() {
                 trial.grad_home[section] = GradHome::Device;
-                trial.classes[trial.class_of[section]].updated_here += 1;
                 for part in &mut trial.parts[section] {
                     part.home = Tier::Device;
                 }

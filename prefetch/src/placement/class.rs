@@ -15,8 +15,6 @@ pub(super) struct Class {
     pub(super) param_slots_min: u64,
     pub(super) grad_slots: u64,
     pub(super) grad_slots_min: u64,
-    /// Members that are updated on the device: each holds a gradient slot from backward to update.
-    pub(super) updated_here: u64,
 }
 
 impl Class {
@@ -30,19 +28,12 @@ impl Class {
             param_slots_min: 0,
             grad_slots: 0,
             grad_slots_min: 0,
-            updated_here: 0,
         }
     }
 
     /// Whether there is a slot for each member that needs one.
     pub(super) fn resident(&self) -> bool {
         self.param_slots >= self.slotted.len() as u64
-    }
-
-    /// Slots for the gradients of members that are updated elsewhere, and one for each of the others.
-    pub(super) fn all_grad_slots(&self) -> u64 {
-        let others = self.members.len() as u64 - self.updated_here;
-        self.updated_here + self.grad_slots.min(others)
     }
 
     pub(super) fn fits(&self, section: &SectionSize) -> bool {

@@ -21,15 +21,21 @@ impl Placement {
         let round = |bytes: u64| bytes.next_multiple_of(DEVICE_ALIGN);
         let classes = self.classes.iter().map(|c| {
             let params = c.param_slots.saturating_mul(round(c.param_bytes));
-            params.saturating_add(c.all_grad_slots().saturating_mul(round(c.grad_slot_bytes)))
+            params.saturating_add(c.grad_slots.saturating_mul(round(c.grad_slot_bytes)))
         });
         let here = self
             .parts
             .iter()
             .flatten()
             .filter(|p| p.home == Tier::Device);
+        // The gradients that wait for an update here.
+        let sections = self.grad_home.iter().zip(&self.class_of);
+        let grads = sections
+            .filter(|(home, _)| **home == GradHome::Device)
+            .map(|(_, class)| round(self.classes[*class].param_bytes));
         round(self.options.scratch_bytes)
             + here.map(|p| round(12 * p.elements)).sum::<u64>()
+            + grads.sum::<u64>()
             + self.act_slots * round(self.act_bytes)
             + classes.sum::<u64>()
     }
@@ -109,7 +115,7 @@ impl Placement {
                 pool(PoolKind::ParamSlot, class.param_slots),
                 Pool {
                     bytes: class.grad_slot_bytes,
-                    ..pool(PoolKind::GradSlot, class.all_grad_slots())
+                    ..pool(PoolKind::GradSlot, class.grad_slots)
                 },
                 pool(PoolKind::ParamStage, self.param_stage[index]),
                 pool(PoolKind::GradStage, self.grad_stage[index]),

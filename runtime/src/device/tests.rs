@@ -120,12 +120,12 @@ fn streams_run_in_order_and_wait_for_each_other_by_events_alone() {
             let last = unsafe {
                 let copied = device.copy_in(Stream::H2d, span(place), source.as_ptr().cast());
                 device.wait(Stream::Compute, copied);
-                increment(device, place, 5);
-                increment(device, place, 5);
+                increment(device, place, 20);
+                increment(device, place, 20);
                 let computed = device.newest(Stream::Compute);
                 assert!(
                     !device.query(computed).unwrap(),
-                    "it takes 10 ms and was only queued"
+                    "it takes 40 ms and was only queued"
                 );
                 device.wait(Stream::D2h, computed);
                 let out = device.copy_out(Stream::D2h, span(place), back.as_mut_ptr().cast());
@@ -139,7 +139,7 @@ fn streams_run_in_order_and_wait_for_each_other_by_events_alone() {
         }
         device.drain();
         let busy = device.busy(Stream::Compute);
-        assert!(busy >= Duration::from_millis(50), "{busy:?}");
+        assert!(busy >= Duration::from_millis(200), "{busy:?}");
         assert!(device.busy(Stream::D2h) < busy, "waiting is not work");
     }
 }

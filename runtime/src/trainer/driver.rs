@@ -248,21 +248,30 @@ impl Engine {
             .filter(|grad| grad.last)
         {
             let section = &self.model.sections[grad.section.0 as usize];
-            let Some(offset) = self.model.cast_offset(section) else {
+            let (dtype, address) = (self.model.dtype, self.slot(&plan, task.step, grad.slot));
+            let waits = self.places.grad_here(grad.section);
+            let beside = self
+                .model
+                .cast_offset(section)
+                .map(|offset| address + offset);
+            // To where it waits for its update on the device, or else beside the sums, if they are not
+            // what leaves themselves.
+            let Some(target) = waits.or(beside) else {
                 continue;
             };
-            let address = self.slot(&plan, task.step, grad.slot);
             let view = |address, dtype| View {
                 address,
                 dtype,
                 shape: Shape::from([section.elements() as usize]),
             };
-            let (sums, leaves) = (
-                view(address, DType::F32),
-                view(address + offset, self.model.dtype),
-            );
-            match ops::narrow(sums, leaves) {
-                // SAFETY: both lie in the gradient's slot, beside each other.
+            let (sums, target) = (view(address, DType::F32), view(target, dtype));
+            if dtype == DType::F32 {
+                // SAFETY: the gradient's slot, and its own place.
+                unsafe { self.device.copy(address, target.span()) };
+                continue;
+            }
+            match ops::narrow(sums, target) {
+                // SAFETY: the gradient's slot, and its own place or the rest of the slot.
                 Ok(launch) => unsafe { self.device.launch(launch) },
                 Err(error) => drop(self.failed.get_or_insert_with(|| error.to_string())),
             }

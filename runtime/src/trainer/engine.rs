@@ -338,7 +338,7 @@ impl Engine {
                 Ok(())
             }
             TaskKind::Update(section, part) if spec.lane == Lane::Update => {
-                self.device_update(task, spec, section, part)
+                self.device_update(task, section, part)
             }
             TaskKind::Update(section, part) => {
                 self.update(task, spec, section, part);

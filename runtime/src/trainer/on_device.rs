@@ -106,21 +106,14 @@ fn view(address: u64, dtype: DType, elements: usize) -> View {
 }
 
 impl Engine {
-    /// Where in its slot the gradient stands that is to be applied.
-    fn whole_gradient(&self, task: TaskRef, spec: &Task, section: SectionId) -> Option<u64> {
-        let slot = self.slot(self.scheduler().plan(), task.step, spec.slot?);
-        let section = &self.model.sections[section.0 as usize];
-        Some(slot + self.model.cast_offset(section).unwrap_or(0))
-    }
-
     pub(super) fn device_norm(
         &mut self,
         task: TaskRef,
         spec: &Task,
         section: SectionId,
     ) -> Result<()> {
-        let Some(gradient) = self.whole_gradient(task, spec, section) else {
-            unreachable!("a gradient on the device has a slot");
+        let Some(gradient) = self.places.grad_here(section) else {
+            unreachable!("a gradient that is applied on the device has a place there");
         };
         let dtype = self.model.dtype;
         let values = view(gradient, dtype, spec.amount as usize);
@@ -132,7 +125,7 @@ impl Engine {
             &[TensorMut::new(words)],
         )?;
         let target = self.places.sums_target(section);
-        // SAFETY: the slot is the gradient's; the sums of one section are on their way before those
+        // SAFETY: the place is the gradient's; the sums of one section are on their way before those
         // of the next are made, in one stream; the target is this section's own.
         unsafe {
             self.device.launch(launch);
@@ -147,12 +140,11 @@ impl Engine {
     pub(super) fn device_update(
         &mut self,
         task: TaskRef,
-        spec: &Task,
         section: SectionId,
         part: u32,
     ) -> Result<()> {
-        let Some(gradient) = self.whole_gradient(task, spec, section) else {
-            unreachable!("a gradient on the device has a slot");
+        let Some(gradient) = self.places.grad_here(section) else {
+            unreachable!("a gradient that is applied on the device has a place there");
         };
         let scalars = self.step_scalars(task.step);
         let span = self.placement.parts(section)[part as usize];

@@ -53,6 +53,8 @@ pub(super) struct Places {
     optim: Vec<Vec<Option<Slab>>>,
     /// By section and part: the states of those that are updated on the device.
     states: Vec<Vec<u64>>,
+    /// By section: where the gradients of those wait.
+    grads_here: Vec<Option<u64>>,
     acts: Vec<Option<Slab>>,
     pub(super) inputs: [Slab; 2],
     pub(super) read: Slab,
@@ -97,7 +99,7 @@ impl Places {
         }
         let lease = |wanted: bool, bytes: u64| wanted.then(|| arena.lease(bytes)).transpose();
         let (mut param, mut grad, mut optim) = (Vec::new(), Vec::new(), Vec::new());
-        let mut states = Vec::new();
+        let (mut states, mut grads_here) = (Vec::new(), Vec::new());
         for (id, section) in (0..).map(SectionId).zip(&order.sections) {
             let bytes = section.param_bytes;
             param.push(lease(placement.param_home(id) == Tier::Pinned, bytes)?);
@@ -110,6 +112,8 @@ impl Places {
                 .iter()
                 .filter(|p| p.home == Tier::Device);
             states.push(here.map(|p| slot(12 * p.elements)).collect());
+            let waits = placement.grad_home(id) == GradHome::Device;
+            grads_here.push(waits.then(|| slot(section.param_bytes)));
         }
         let acts = (0..order.stages.len() as u32).map(|stage| {
             let pinned = placement.act_home(StageId(stage)) == Some(Tier::Pinned);
@@ -131,6 +135,7 @@ impl Places {
             },
             sums_here: arena.lease(sums_bytes(order.sections.len()))?,
             states,
+            grads_here,
             slots,
             slabs,
             param,
@@ -146,6 +151,11 @@ impl Places {
     /// Where the states of a part that is updated on the device are: `[master | m | v]`.
     pub(super) fn states(&self, section: SectionId, part: u32) -> u64 {
         self.states[section.0 as usize][part as usize]
+    }
+
+    /// Where the gradient of a section that is updated on the device waits for it.
+    pub(super) fn grad_here(&self, section: SectionId) -> Option<u64> {
+        self.grads_here[section.0 as usize]
     }
 
     /// Where the pieces of a section's sum of squares go to.
