@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -32,8 +33,10 @@ fn layout() -> Layout {
 struct Late {
     delay: Duration,
     bytes: Arc<Mutex<Vec<u8>>>,
-    /// Once set, nothing is answered any more.
+    /// While set, nothing is answered.
     silent: Arc<Mutex<bool>>,
+    /// Requests that it was given in its life.
+    asked: Arc<AtomicUsize>,
     panics: Arc<Mutex<bool>>,
 }
 
@@ -43,6 +46,7 @@ impl Late {
             delay,
             bytes: Arc::default(),
             silent: Arc::default(),
+            asked: Arc::default(),
             panics: Arc::default(),
         }
     }
@@ -105,6 +109,7 @@ impl Io for LateIo {
             _ => self.late.delay,
         };
         self.pending.push_back((Instant::now() + delay, request));
+        self.late.asked.fetch_add(1, Ordering::Relaxed);
         true
     }
 
@@ -154,10 +159,14 @@ impl Io for LateIo {
 }
 
 fn store(late: &Late, arena: &Arena) -> Store {
+    patient_store(late, arena, Duration::from_millis(300))
+}
+
+fn patient_store(late: &Late, arena: &Arena, stall: Duration) -> Store {
     let options = Options {
         medium: Arc::new(late.clone()),
         prewrite: false,
-        stall: Duration::from_millis(300),
+        stall,
         close: Duration::from_millis(200),
         ..Options::new(["late"])
     };
@@ -192,18 +201,27 @@ fn dropped_with_io_in_flight_it_waits_for_the_memory() {
 
 #[test]
 fn a_cancelled_transfer_ends_when_the_disk_has_let_go_of_its_memory() {
-    let late = Late::new(Duration::from_millis(20));
+    let late = Late::new(Duration::ZERO);
     let arena = Arena::new(8 * BYTES).unwrap();
-    let mut store = store(&late, &arena);
+    let mut store = patient_store(&late, &arena, Duration::from_secs(60));
+    *late.silent.lock().unwrap() = true;
+    let before = late.asked.load(Ordering::Relaxed);
     start(&mut store, &arena);
-    // The queue is 32 deep and these are 24 requests: all are under way, or about to be.
-    std::thread::sleep(Duration::from_millis(5));
+    // The queue is 32 deep and these are 24 requests: the disk has all of them, and answers none.
+    let begin = Instant::now();
+    while late.asked.load(Ordering::Relaxed) < before + 24 {
+        assert!(begin.elapsed() < Duration::from_secs(30), "not all asked");
+        std::thread::yield_now();
+    }
     (0..8).for_each(|section| store.cancel(key(section)));
+    // Time for the disk's owner to see it, and to do the wrong thing.
+    std::thread::sleep(Duration::from_millis(100));
     assert_eq!(
         arena.used(),
         8 * BYTES,
         "nothing is free while the disk may write"
     );
+    *late.silent.lock().unwrap() = false;
     let (mut cancelled, mut done) = (0, 0);
     for _ in 0..8 {
         match store.wait() {
