@@ -113,8 +113,9 @@ impl Printer {
     ) {
         match &self.bar {
             Some(bar) => {
-                let waited = trainer.report().waited_s / bar.elapsed().as_secs_f64().max(1e-9);
-                let binds = if waited > 0.2 {
+                let report = trainer.report();
+                let compute: f64 = report.stage_s.iter().sum();
+                let binds = if compute < 0.8 * report.step_s {
                     "memory traffic"
                 } else {
                     "compute"
