@@ -275,7 +275,7 @@ fn pinned(device: &mut dyn Device) -> (Slab, View) {
 fn narrowed(device: &dyn Device) -> View {
     View {
         dtype: DType::Bf16,
-        ..view(device, 512, 64)
+        ..view(device, 1 << 16, 64)
     }
 }
 
