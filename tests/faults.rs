@@ -8,11 +8,11 @@ mod common;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use common::{decoder, options, tokens, with_budgets};
+use common::{decoder, go_on, options, try_step, with_budgets};
+use forebay::nvme;
 use forebay::nvme::sim::{Fault, SimDisk};
-use forebay::nvme::{self, Store};
-use forebay::{Error, Options, Policy, RandomInit, Result, Trainer};
-use forebay_decoder::{Batch, Decoder};
+use forebay::{Error, Options, Policy, Result, Trainer};
+use forebay_decoder::Decoder;
 
 const STEPS: u64 = 3;
 
@@ -39,32 +39,13 @@ impl Setup {
         }
     }
 
-    fn step(&self, trainer: &mut Trainer) -> Result<u32> {
-        let (ids, targets) = tokens(trainer.steps());
-        let step = trainer.begin(5e-3)?;
-        let batch = Batch {
-            ids: &ids,
-            targets: &targets,
-        };
-        self.decoder.train_step(&step, &batch)?;
-        Ok(step.finish()?.loss.unwrap().to_bits())
-    }
-
     /// Trains to the last step, publishing each; the bits of each step's loss.
     fn run(&self, disk: &SimDisk, bits: &mut Vec<(u64, u32)>) -> Result<()> {
         let options = self.on(disk);
-        let footprint = self.decoder.footprint(options.target()?)?;
-        let model = self.decoder.model().clone();
-        let mut trainer = match Store::peek(&options.disk[0], disk) {
-            Ok(_) => Trainer::resume(model, footprint, &options)?,
-            Err(nvme::Error::NoGeneration { .. }) => {
-                Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 })?
-            }
-            Err(other) => return Err(other.into()),
-        };
+        let mut trainer = go_on(&self.decoder, &options, disk)?;
         while trainer.steps() < STEPS {
             let step = trainer.steps();
-            let loss = self.step(&mut trainer)?;
+            let loss = try_step(&mut trainer, &self.decoder)?;
             bits.push((step, loss));
             trainer.publish(&trainer.steps().to_string())?;
         }
@@ -158,18 +139,10 @@ fn states_written_as_two_partitions_open_as_one_and_the_other_way() {
             setup.options.optimizer_chunk = Some(chunk);
             setup.options = with_budgets(setup.options, &setup.decoder);
             let options = setup.on(&disk);
-            let footprint = setup.decoder.footprint(options.target().unwrap()).unwrap();
-            let model = setup.decoder.model().clone();
-            let mut trainer = match Store::peek(&options.disk[0], &disk) {
-                Ok(_) => Trainer::resume(model, footprint, &options).unwrap(),
-                Err(_) => {
-                    let weights = &mut RandomInit { seed: 5 };
-                    Trainer::create(model, footprint, &options, weights).unwrap()
-                }
-            };
+            let mut trainer = go_on(&setup.decoder, &options, &disk).unwrap();
             while trainer.steps() < steps {
                 let step = trainer.steps();
-                bits.push((step, setup.step(&mut trainer).unwrap()));
+                bits.push((step, try_step(&mut trainer, &setup.decoder).unwrap()));
             }
             trainer.publish("").unwrap();
         }

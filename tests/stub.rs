@@ -14,13 +14,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{create, decoder_in, options, tokens, train, with_budgets};
+use common::{create, decoder_in, go_on, options, train, try_step, with_budgets};
 use forebay::nvme::sim::SimDisk;
-use forebay::nvme::{self, Store};
 use forebay::{
     DType, DeviceChoice, Error, ExternalStream, Options, Policy, RandomInit, Result, Trainer,
 };
-use forebay_decoder::{Batch, Decoder};
+use forebay_decoder::Decoder;
 use forebay_kernels::cuda::{check, probe, sys};
 
 /// The stub's own functions.
@@ -103,25 +102,10 @@ impl Setup {
             medium: Arc::new(disk.clone()),
             ..self.options.clone()
         };
-        let footprint = self.decoder.footprint(options.target()?)?;
-        let model = self.decoder.model().clone();
-        let mut trainer = match Store::peek(&options.disk[0], disk) {
-            Ok(_) => Trainer::resume(model, footprint, &options)?,
-            Err(nvme::Error::NoGeneration { .. }) => {
-                Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 })?
-            }
-            Err(other) => return Err(other.into()),
-        };
+        let mut trainer = go_on(&self.decoder, &options, disk)?;
         while trainer.steps() < STEPS {
-            let (ids, targets) = tokens(trainer.steps());
-            let number = trainer.steps();
-            let step = trainer.begin(5e-3)?;
-            let batch = Batch {
-                ids: &ids,
-                targets: &targets,
-            };
-            self.decoder.train_step(&step, &batch)?;
-            bits.push((number, step.finish()?.loss.unwrap().to_bits()));
+            let step = trainer.steps();
+            bits.push((step, try_step(&mut trainer, &self.decoder)?));
             trainer.publish("")?;
         }
         Ok(())

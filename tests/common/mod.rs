@@ -3,7 +3,9 @@
 
 use std::path::Path;
 
-use forebay::{DType, Options, Policy, RandomInit, Trainer};
+use forebay::nvme::sim::SimDisk;
+use forebay::nvme::{self, Store};
+use forebay::{DType, Options, Policy, RandomInit, Result, Trainer};
 use forebay_decoder::{Batch, Config, Decoder, Family};
 
 pub(crate) const BATCH: usize = 2;
@@ -97,20 +99,33 @@ pub(crate) fn resume(decoder: &Decoder, options: &Options) -> Trainer {
     Trainer::resume(decoder.model().clone(), footprint, options).unwrap()
 }
 
+/// Goes on from what is on the disk that the options name, or begins there.
+pub(crate) fn go_on(decoder: &Decoder, options: &Options, disk: &SimDisk) -> Result<Trainer> {
+    let footprint = decoder.footprint(options.target()?)?;
+    let model = decoder.model().clone();
+    match Store::peek(&options.disk[0], disk) {
+        Ok(_) => Trainer::resume(model, footprint, options),
+        Err(nvme::Error::NoGeneration { .. }) => {
+            Trainer::create(model, footprint, options, &mut RandomInit { seed: 5 })
+        }
+        Err(other) => Err(other.into()),
+    }
+}
+
 /// One step; the bits of its loss.
 pub(crate) fn step(trainer: &mut Trainer, decoder: &Decoder) -> u32 {
+    try_step(trainer, decoder).unwrap()
+}
+
+pub(crate) fn try_step(trainer: &mut Trainer, decoder: &Decoder) -> Result<u32> {
     let (ids, targets) = tokens(trainer.steps());
-    let step = trainer.begin(5e-3).unwrap();
-    decoder
-        .train_step(
-            &step,
-            &Batch {
-                ids: &ids,
-                targets: &targets,
-            },
-        )
-        .unwrap();
-    step.finish().unwrap().loss.unwrap().to_bits()
+    let step = trainer.begin(5e-3)?;
+    let batch = Batch {
+        ids: &ids,
+        targets: &targets,
+    };
+    decoder.train_step(&step, &batch)?;
+    Ok(step.finish()?.loss.unwrap().to_bits())
 }
 
 /// Bits of the losses of the next `steps` steps.
