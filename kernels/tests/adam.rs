@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use forebay_kernels::cpu::{
-    AdamScalars, AdamW, Exchange, Isa, NormIn, States, Workers, adamw, adamw_parallel, bf16_to_f32,
-    f32_to_bf16, round_to_bf16, square_sum,
+    AdamScalars, AdamW, Exchange, Isa, Kept, NormIn, States, Workers, adamw, adamw_ahead,
+    adamw_parallel, adamw_undo, bf16_to_f32, f32_to_bf16, round_to_bf16, square_sum,
 };
 use half::bf16;
 use rand::{Rng, SeedableRng};
@@ -243,6 +243,64 @@ fn paths_threads_and_chunks_give_the_same_bits() {
                     parallel == reference,
                     "{isa:?}, {n} elements, {threads} threads"
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn an_update_ahead_has_the_same_bits_and_undone_leaves_none() {
+    for n in [1, 7, 33, 1000, 70_001] {
+        let reference = all_exchanges(&|s, states, e| adamw(Isa::Scalar, s, states, e), n);
+        for (isa, threads) in Isa::available().flat_map(|isa| [(isa, 1), (isa, 3)]) {
+            let workers = Workers::new(threads, "test").unwrap();
+            let ahead =
+                |s: &AdamScalars, mut states: States<'_>, mut e: Exchange<'_>, undo: bool| {
+                    let bytes = match e {
+                        Exchange::InPlaceF32(_) => 4,
+                        Exchange::InPlaceBf16(_) => 2,
+                        _ => 0,
+                    };
+                    // Off the lines of the caches, or on them.
+                    let off = n % 5;
+                    let mut room = [
+                        vec![0f32; n + off],
+                        vec![0f32; n + off],
+                        vec![0f32; n + off],
+                    ];
+                    let mut grad = vec![0u8; n * bytes];
+                    let [master, m, v] = room.each_mut().map(|r| &mut r[off..]);
+                    let mut kept = States { master, m, v };
+                    if undo {
+                        // Any other scalars; the norm has not said which.
+                        let guess = ADAM.at(3, 7.0 * ADAM.lr, 5.0);
+                        let first = Kept {
+                            states: kept.reborrow(),
+                            grad: &mut grad,
+                        };
+                        adamw_ahead(
+                            &workers,
+                            isa,
+                            &guess,
+                            states.reborrow(),
+                            e.reborrow(),
+                            first,
+                        );
+                        let back = Kept {
+                            states: kept.reborrow(),
+                            grad: &mut grad,
+                        };
+                        adamw_undo(&workers, states.reborrow(), e.reborrow(), back);
+                    }
+                    let kept = Kept {
+                        states: kept,
+                        grad: &mut grad,
+                    };
+                    adamw_ahead(&workers, isa, s, states, e, kept);
+                };
+            for undo in [false, true] {
+                let bits = all_exchanges(&|s, states, e| ahead(s, states, e, undo), n);
+                assert!(bits == reference, "{isa:?}, {n} elements, undone: {undo}");
             }
         }
     }

@@ -8,7 +8,10 @@ pub mod ops;
 mod shared;
 mod workers;
 
-pub use adam::{AdamScalars, AdamW, Exchange, States, adam_traffic, adamw, adamw_parallel};
+pub use adam::{
+    AdamScalars, AdamW, Exchange, Kept, States, adam_traffic, adamw, adamw_ahead, adamw_parallel,
+    adamw_undo,
+};
 pub use cast::{bf16_to_f32, f32_to_bf16, round_to_bf16};
 pub use isa::Isa;
 pub use norm::{NormIn, SquareSum, square_sum};

@@ -12,6 +12,7 @@
 //! p = fma(-lr / (1 - beta1^t), m / fma(sqrt(v), 1 / sqrt(1 - beta2^t), eps), p * (1 - lr * decay))
 //! ```
 
+mod ahead;
 mod paths;
 mod traffic;
 
@@ -21,6 +22,7 @@ use super::isa::Isa;
 use super::shared::Shared;
 use super::workers::Workers;
 
+pub use ahead::{Kept, adamw_ahead, adamw_undo};
 pub use traffic::adam_traffic;
 
 /// Elements that one worker takes at a time: 28 bytes each, about a second-level cache.
@@ -161,7 +163,30 @@ pub enum Exchange<'a> {
     },
 }
 
+impl States<'_> {
+    /// The same states, for a shorter time.
+    pub fn reborrow(&mut self) -> States<'_> {
+        States {
+            master: self.master,
+            m: self.m,
+            v: self.v,
+        }
+    }
+}
+
 impl Exchange<'_> {
+    /// The same exchange, for a shorter time.
+    pub fn reborrow(&mut self) -> Exchange<'_> {
+        match self {
+            Self::F32 { grad, param } => Exchange::F32 { grad, param },
+            Self::InPlaceF32(both) => Exchange::InPlaceF32(both),
+            Self::Bf16 { grad, param } => Exchange::Bf16 { grad, param },
+            Self::InPlaceBf16(both) => Exchange::InPlaceBf16(both),
+            Self::F32ToBf16 { grad, param } => Exchange::F32ToBf16 { grad, param },
+            Self::Bf16ToF32 { grad, param } => Exchange::Bf16ToF32 { grad, param },
+        }
+    }
+
     fn lens(&self) -> (usize, usize) {
         match self {
             Self::F32 { grad, param } => (grad.len(), param.len()),
@@ -215,6 +240,17 @@ enum Sides<'a> {
     InPlaceBf16(Shared<'a, bf16>),
     F32ToBf16(&'a [f32], Shared<'a, bf16>),
     Bf16ToF32(&'a [bf16], Shared<'a, f32>),
+}
+
+impl Sides<'_> {
+    /// Bytes of an element of a gradient that the parameter replaces; 0 if it does not.
+    fn bytes_in_place(&self) -> usize {
+        match self {
+            Self::InPlaceF32(_) => 4,
+            Self::InPlaceBf16(_) => 2,
+            _ => 0,
+        }
+    }
 }
 
 /// All memory of an update, to be cut into pieces.

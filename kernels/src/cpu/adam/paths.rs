@@ -90,7 +90,7 @@ fn store_past_caches(to: &mut [bf16; LINE], from: &Line) {
 }
 
 /// What went past the caches is seen by others in order with what comes next.
-fn fence() {
+pub(super) fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: an instruction of every x86-64.
     unsafe {
