@@ -5,7 +5,7 @@
 mod common;
 
 use common::{create, decoder, decoder_in, options, resume, train, with_budgets};
-use forebay::{DType, Options, Policy};
+use forebay::{Ahead, AheadReport, DType, Options, Policy};
 
 const STEPS: u64 = 8;
 const POLICIES: [Policy; 4] = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk];
@@ -87,6 +87,11 @@ fn split(options: Options, decoder: &forebay_decoder::Decoder, thirds: u64) -> O
     let states = 12 * decoder.model().elements();
     let mut options = options;
     options.device_budget = Some(all - states * (3 - thirds) / 3);
+    let ahead = options.ahead;
+    if options.placement == Policy::Auto {
+        // All that is in pinned memory is states.
+        options.ahead = Ahead::Never;
+    }
     let footprint = decoder.footprint(options.target().unwrap()).unwrap();
     let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
     options.pinned_budget = Some(needs.pinned_bytes);
@@ -94,6 +99,7 @@ fn split(options: Options, decoder: &forebay_decoder::Decoder, thirds: u64) -> O
         let rest = states * (3 - thirds) / 3;
         options.pinned_budget = Some(needs.pinned_bytes - rest / 2);
     }
+    options.ahead = ahead;
     options
 }
 
@@ -129,6 +135,95 @@ fn optimizer_states_split_between_device_host_and_disk_give_the_same_bits() {
             assert_eq!(gradients_out[3], 0, "with room for all nothing leaves");
         }
         assert!(all.iter().all(|losses| *losses == all[0]), "{all:?}");
+    }
+}
+
+/// A run whose states are in pinned memory, and what ran ahead of the norm in it. With `resident` parameters
+/// the new ones take the place of gradients; else they have slabs of their own.
+fn run_ahead(
+    dtype: DType,
+    resident: bool,
+    clip: Option<f64>,
+    ahead: Ahead,
+) -> (Vec<u32>, AheadReport) {
+    let folder = tempfile::tempdir().unwrap();
+    let decoder = decoder_in(dtype);
+    let mut options = options(folder.path());
+    (options.clip, options.ahead) = (clip, ahead);
+    let options = if resident {
+        options.placement = Policy::Resident;
+        split(options, &decoder, 0)
+    } else {
+        options.placement = Policy::Pinned;
+        with_budgets(options, &decoder)
+    };
+    let mut trainer = create(&decoder, &options);
+    let mut losses = train(&mut trainer, &decoder, STEPS);
+    losses.push(eval(&mut trainer, &decoder));
+    trainer.publish("").unwrap();
+    let report = trainer.report();
+    drop(trainer);
+    let mut trainer = resume(&decoder, &options);
+    losses.extend(train(&mut trainer, &decoder, 2));
+    (losses, report.ahead)
+}
+
+#[test]
+fn updates_ahead_of_the_norm_give_the_bits_of_those_that_wait_whether_they_stand_or_not() {
+    for dtype in [DType::F32, DType::Bf16] {
+        for resident in [false, true] {
+            // Never, in every step, and without clipping; the first is seldom and the last never undone.
+            for (clip, undone) in [(Some(1e9), 0), (Some(0.01), STEPS), (None, 0)] {
+                let run = |ahead| run_ahead(dtype, resident, clip, ahead);
+                let (waited, none) = run(Ahead::Never);
+                assert_eq!(none, AheadReport::default());
+                let (losses, ahead) = run(Ahead::Always);
+                let what = format!("{dtype}, resident: {resident}, clip {clip:?}");
+                assert_eq!(losses, waited, "{what}");
+                let steps = STEPS;
+                assert_eq!(ahead, AheadReport { steps, undone }, "{what}");
+                // By itself it runs ahead as long as that pays.
+                let (losses, ahead) = run(Ahead::Auto);
+                assert_eq!(losses, waited, "{what}");
+                assert_eq!(ahead.undone, undone.min(ahead.steps), "{what}");
+                assert!(ahead.steps > 0, "{what}");
+                assert_eq!(ahead.steps == STEPS, undone == 0, "{what}: {ahead:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_discarded_step_changes_nothing_on_any_tier() {
+    for (clip, dtype) in [(Some(0.5), DType::F32), (None, DType::Bf16)] {
+        for placement in POLICIES {
+            let folder = tempfile::tempdir().unwrap();
+            let decoder = decoder_in(dtype);
+            let mut options = options(folder.path());
+            (options.placement, options.clip) = (placement, clip);
+            options.ahead = Ahead::Always;
+            let options = match placement {
+                Policy::Auto => split(options, &decoder, 1),
+                _ => with_budgets(options, &decoder),
+            };
+            let mut trainer = create(&decoder, &options);
+            train(&mut trainer, &decoder, 2);
+            let before = eval(&mut trainer, &decoder);
+            for _ in 0..2 {
+                let (ids, targets) = common::tokens(trainer.steps());
+                let batch = forebay_decoder::Batch {
+                    ids: &ids,
+                    targets: &targets,
+                };
+                let step = trainer.begin(5e-3).unwrap();
+                decoder.train_step(&step, &batch).unwrap();
+                assert!(step.discard().unwrap().loss.unwrap().is_finite());
+            }
+            assert_eq!(eval(&mut trainer, &decoder), before, "{placement:?}");
+            assert_eq!((trainer.steps(), trainer.skipped()), (4, 0));
+            train(&mut trainer, &decoder, 1);
+            assert_ne!(eval(&mut trainer, &decoder), before, "it goes on learning");
+        }
     }
 }
 

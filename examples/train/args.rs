@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use forebay::{Bytes, DType, DeviceChoice, Policy, Target};
+use forebay::{Ahead, Bytes, DType, DeviceChoice, Policy, Target};
 use serde::{Deserialize, Serialize};
 
 /// Train a decoder on text, its states spread over device memory, page-locked host memory and disk.
@@ -75,6 +75,10 @@ pub(crate) struct Args {
     /// Largest global norm of a gradient; 0 turns clipping off [default: 1]
     #[arg(long)]
     pub(crate) clip: Option<f64>,
+    /// Update before the norm of the whole gradient is known, and do it anew where that then clips: auto (as
+    /// long as it pays), always, never. Results do not depend on it
+    #[arg(long, default_value = "auto", value_parser = ahead)]
+    pub(crate) ahead: Ahead,
     /// When to make a generation, from which --resume goes on: `every N` steps, `end` (and when
     /// stopped), or `never` (the disk is swap: half the space, and nothing survives) [default: every
     /// 50]
@@ -136,6 +140,15 @@ fn policy(text: &str) -> std::result::Result<Policy, String> {
         _ => Err(format!(
             "'{text}' is not a placement: use auto, resident, pinned or disk"
         )),
+    }
+}
+
+fn ahead(text: &str) -> std::result::Result<Ahead, String> {
+    match text {
+        "auto" => Ok(Ahead::Auto),
+        "always" => Ok(Ahead::Always),
+        "never" => Ok(Ahead::Never),
+        _ => Err(format!("'{text}': use auto, always or never")),
     }
 }
 

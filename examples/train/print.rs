@@ -192,6 +192,8 @@ impl Printer {
                 "unigram_entropy": s.unigram,
                 "held_out_loss": s.held_out,
                 "skipped_steps": s.skipped,
+                "ahead_steps": s.report.ahead.steps,
+                "undone_steps": s.report.ahead.undone,
             }})
         );
     }
@@ -325,6 +327,14 @@ fn summary_table(s: &Summary<'_>) {
         s.bound.disk * 1e3,
         s.bound.cpu * 1e3
     );
+    let ahead = r.ahead;
+    if ahead.steps > 0 {
+        println!(
+            "updates ran ahead of the gradient's norm in {} of {} steps; {} of them were clipped or skipped \
+             and done anew",
+            ahead.steps, r.steps, ahead.undone
+        );
+    }
     ledger(s);
     println!("{} steps done, {} skipped", s.steps_done, s.skipped);
     println!(

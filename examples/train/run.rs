@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use forebay::{
-    AdamW, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
+    AdamW, Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
     requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
@@ -326,6 +326,7 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
         When::End => Publish::End,
         When::Never => Publish::Never,
     };
+    options.ahead = args.ahead;
     options.trace = args.trace.clone();
     options.disk_throttle = args.disk_throttle.map(|b| b.0);
     Ok(options)
@@ -364,7 +365,12 @@ fn choose_budgets(
     if options.pinned_budget.is_none() {
         options.pinned_budget = Some(match args.placement {
             Policy::Auto | Policy::Disk if small => {
-                let all = needs(Policy::Pinned, options)?.pinned_bytes;
+                // The disk has the other half; nothing is left to keep what early updates overwrite.
+                let waiting = Options {
+                    ahead: Ahead::Never,
+                    ..options.clone()
+                };
+                let all = needs(Policy::Pinned, &waiting)?.pinned_bytes;
                 all - 12 * decoder.model().parameters() / 2
             }
             policy => needs(policy, options)?

@@ -19,6 +19,8 @@ pub struct Rates {
     pub disk_write: f64,
     /// Elements per second updated by the CPU.
     pub cpu: f64,
+    /// The same where what is overwritten is kept, before the norm.
+    pub cpu_ahead: f64,
     /// Elements per second updated on the device; infinite where that time is in `stage_seconds`.
     pub device_update: f64,
 }
@@ -33,6 +35,7 @@ impl Rates {
             disk_read: rate,
             disk_write: rate,
             cpu: rate,
+            cpu_ahead: rate,
             device_update: rate,
         }
     }
@@ -117,9 +120,10 @@ pub struct Bound {
 
 /// The least time of a step of `plan` at `rates`.
 ///
-/// With [`Timing::AfterNorm`] what follows the norm cannot hide behind the backward pass:
-/// backward + max(forward, optimizer, the disk's work for both), where that is more.
-pub fn bound(plan: &Plan, rates: &Rates) -> Bound {
+/// With [`Timing::AfterNorm`], unless updates run `ahead` of it, what follows the norm cannot hide behind
+/// the backward pass: backward + max(forward, optimizer, the disk's work for both), where that is more.
+/// What undoing costs is not part of it.
+pub fn bound(plan: &Plan, rates: &Rates, ahead: bool) -> Bound {
     let sum = |pick: &dyn Fn(usize) -> bool| -> f64 {
         (0..plan.tasks().len())
             .filter(|t| pick(*t))
@@ -138,7 +142,7 @@ pub fn bound(plan: &Plan, rates: &Rates) -> Bound {
     let mut best = parts
         .into_iter()
         .fold((0.0, "compute"), |a, b| if b.0 > a.0 { b } else { a });
-    if plan.timing() == Timing::AfterNorm {
+    if plan.timing() == Timing::AfterNorm && !ahead {
         let split = plan.forward_stages().min(rates.stage_seconds.len());
         let forward: f64 = rates.stage_seconds[..split].iter().sum();
         let backward: f64 = rates.stage_seconds[split..].iter().sum();

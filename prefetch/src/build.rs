@@ -56,6 +56,8 @@ struct Progress {
     /// The gradient's slab, if from a pool.
     grad_slab: Option<ClaimRef>,
     norm: Option<TaskId>,
+    /// What brings the gradient to pinned memory.
+    out: Option<TaskId>,
     spill: Option<TaskId>,
     updates: Vec<TaskId>,
     /// What puts the new parameters where they live.
@@ -273,12 +275,13 @@ impl<'a> Builder<'a> {
         }
         let elements = self.model.sections[section.0 as usize].elements;
         let home = self.placement.grad_home(section);
+        let deps = vec![issued(compute)];
+        let norm = self.add(TaskKind::GradNorm(section), Lane::Update, elements, deps);
+        self.at(norm).slot = Some(slot);
+        self.progress(section).norm = Some(norm);
         if home == GradHome::Device {
-            let deps = vec![issued(compute)];
-            let norm = self.add(TaskKind::GradNorm(section), Lane::Update, elements, deps);
             // By then the gradient is in its own place.
             self.at(norm).frees.push(slot);
-            self.progress(section).norm = Some(norm);
             return;
         }
         let bytes = self.bytes(section);
@@ -286,27 +289,20 @@ impl<'a> Builder<'a> {
             TaskKind::GradOut(section),
             Lane::D2h,
             bytes,
-            vec![issued(compute)],
+            vec![issued(norm)],
         );
         self.at(out).slot = Some(slot);
         self.at(out).frees.push(slot);
         let slab = (home != GradHome::Slab)
             .then(|| self.claim(out, self.placement.pool(PoolKind::GradStage, section)));
         self.at(out).slab = slab;
-        let norm = self.add(
-            TaskKind::GradNorm(section),
-            Lane::Cpu,
-            elements,
-            vec![after(out)],
-        );
-        self.at(norm).slab = slab;
-        self.progress(section).norm = Some(norm);
+        self.progress(section).out = Some(out);
         self.progress(section).grad_slab = slab;
         match home {
             GradHome::Slab | GradHome::Device => {}
-            GradHome::Passing => self.updates(section, after(norm)),
+            GradHome::Passing => self.updates(section, after(out)),
             GradHome::Disk => {
-                let deps = vec![after(norm)];
+                let deps = vec![after(out)];
                 let spill = self.add(TaskKind::SpillGrad(section), Lane::DiskWrite, bytes, deps);
                 self.at(spill).slab = slab;
                 self.at(spill).frees.extend(slab);
@@ -315,15 +311,20 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Updates the parts of a section whose gradient is in `slab`, and brings the new parameters
-    /// to where they live.
+    /// Updates the parts of a section whose gradient is in pinned memory, and brings the new parameters
+    /// to where they live. Where both it and the states stay there until the next step, an update may run
+    /// before the norm.
     fn updates(&mut self, section: SectionId, ready: Dep) {
         let slab = self.progress(section).grad_slab;
+        let stays = self.placement.grad_home(section) == GradHome::Slab;
+        let out = self.progress(section).out.map(after);
         let mut updates = Vec::new();
         let mut states = Vec::new();
         for (index, part) in self.placement.parts(section).to_vec().iter().enumerate() {
             let index = index as u32;
-            let mut deps = vec![ready];
+            let gated = stays && part.home == Tier::Pinned;
+            let mut deps: Vec<Dep> = out.into_iter().collect();
+            deps.extend((!gated).then_some(ready));
             let staged = (part.home == Tier::Disk).then(|| {
                 let bytes = 12 * part.elements;
                 let kind = TaskKind::ReadOptim(section, index);
@@ -346,6 +347,9 @@ impl<'a> Builder<'a> {
                 part.elements,
                 deps,
             );
+            if gated {
+                self.at(update).window = Window::Norm;
+            }
             self.at(update).slab = slab;
             self.at(update).states = staged;
             updates.push(update);
@@ -363,7 +367,7 @@ impl<'a> Builder<'a> {
             });
             states.push((staged.map(|s| s.task), write));
         }
-        self.settle(section, slab, &updates);
+        self.settle(section, slab, ready, &updates);
         let progress = self.progress(section);
         progress.updates = updates;
         progress.states = states;
@@ -378,8 +382,15 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn settle(&mut self, section: SectionId, slab: Option<ClaimRef>, updates: &[TaskId]) {
-        let deps: Vec<Dep> = updates.iter().copied().map(after).collect();
+    fn settle(
+        &mut self,
+        section: SectionId,
+        slab: Option<ClaimRef>,
+        ready: Dep,
+        updates: &[TaskId],
+    ) {
+        // An update that may be undone does not show elsewhere before the norm.
+        let deps = updates.iter().copied().map(after).chain([ready]).collect();
         let bytes = self.bytes(section);
         let settled = match self.placement.param_home(section) {
             Tier::Device => self.add(TaskKind::PushParam(section), Lane::H2d, bytes, deps),
@@ -387,10 +398,10 @@ impl<'a> Builder<'a> {
             Tier::Pinned => {
                 // The last update frees the gradient; with several parts they may end in any
                 // order, so each but the last one comes before the last.
-                if let Some((last, before)) = updates.split_last() {
+                if let (Some(slab), Some((last, before))) = (slab, updates.split_last()) {
                     let before: Vec<Dep> = before.iter().copied().map(after).collect();
                     self.at(*last).deps.extend(before);
-                    self.at(*last).frees.extend(slab);
+                    self.at(*last).frees.push(slab);
                 }
                 return;
             }
@@ -496,8 +507,9 @@ impl<'a> Builder<'a> {
                     || progress.updates.iter().copied().map(update).collect(),
                     |s| vec![s],
                 );
-                // An overflow is only known at the norm; until then an update may be undone.
-                let undone = norm.filter(|_| immediate).map(after);
+                // Until the norm, an update may be undone.
+                let may = !progress.updates.is_empty();
+                let undone = norm.filter(|_| may).map(after);
                 let deps = updates.into_iter().chain(undone).map(previous);
                 self.at(first).deps.extend(deps.collect::<Vec<_>>());
             }
@@ -529,6 +541,9 @@ impl<'a> Builder<'a> {
             .iter()
             .position(|s| !s.grads.is_empty())
             .unwrap_or(self.stages.len());
+        let is_norm = |task: &Task| task.kind == TaskKind::Norm;
+        let norm = self.tasks.iter().position(is_norm);
+        let norm = norm.map(|index| TaskId(index as u32));
         Plan {
             tasks: self.tasks,
             stages: self.uses,
@@ -537,6 +552,8 @@ impl<'a> Builder<'a> {
             timing: options.timing,
             forward_stages,
             staged_updates: self.staged_updates,
+            norm,
+            undo_buffers: self.placement.undo_buffers(),
         }
     }
 }

@@ -22,7 +22,7 @@
 //! let plan = Plan::training(&model, &placement)?;
 //! let rates = Rates { stage_seconds: vec![0.01; 4], ..Rates::equal(1e9) };
 //! let report = simulate(plan.into(), &rates, 10, 0);
-//! assert!(report.step_seconds >= bound(&report.plan, &rates).seconds);
+//! assert!(report.step_seconds >= bound(&report.plan, &rates, false).seconds);
 //! # Ok::<(), Error>(())
 //! ```
 #![forbid(unsafe_code)]

@@ -60,6 +60,8 @@ pub struct PlaceOptions {
     pub scratch_bytes: u64,
     /// Pinned memory that is not slabs of states.
     pub pinned_fixed_bytes: u64,
+    /// Whether updates in pinned memory may run before the norm, where there is room to undo them.
+    pub ahead: bool,
 }
 
 impl Default for PlaceOptions {
@@ -72,6 +74,7 @@ impl Default for PlaceOptions {
             partitions: 1,
             scratch_bytes: 0,
             pinned_fixed_bytes: 0,
+            ahead: true,
         }
     }
 }
@@ -104,6 +107,10 @@ pub struct Placement {
     param_stage: Vec<u64>,
     grad_stage: Vec<u64>,
     optim_stage: u64,
+    /// Slabs for what updates before the norm overwrite.
+    undo: u64,
+    /// Of a parameter, and of a gradient.
+    element_bytes: u64,
     options: PlaceOptions,
 }
 
@@ -118,6 +125,7 @@ pub fn place(model: &Model, budgets: Budgets, options: &PlaceOptions) -> Result<
         let mut placement = Placement::least(model, options, in_place);
         placement.fill_device(model, budgets.device_bytes)?;
         placement.fill_pinned(model, budgets)?;
+        placement.keep_undo(budgets.pinned_bytes);
         Ok(placement)
     };
     if matches!(options.policy, Policy::Resident | Policy::Disk) {
@@ -167,6 +175,10 @@ impl Placement {
         let parts = model.sections.iter().map(|s| parts(s.elements, options));
         let saves = |s: &StageSpec| s.saves.map(|_| Tier::Pinned);
         let count = model.sections.len();
+        let element = model
+            .sections
+            .iter()
+            .map(|s| s.param_bytes.div_ceil(s.elements));
         let mut placement = Self {
             param_stage: vec![0; classes.len()],
             grad_stage: vec![0; classes.len()],
@@ -183,6 +195,8 @@ impl Placement {
                 .unwrap_or(0),
             act_slots: u64::from(model.stages.iter().any(|s| s.saves.is_some())),
             optim_stage: 1,
+            undo: 0,
+            element_bytes: element.max().unwrap_or(0),
             options: *options,
             classes,
         };
@@ -373,6 +387,19 @@ impl Placement {
         Ok(())
     }
 
+    /// Room to undo updates that run before the norm, from what is left. They run for as long as the backward
+    /// pass takes, two thirds of a step's compute; where updates take longer than that, fewer are needed.
+    fn keep_undo(&mut self, budget: u64) {
+        let stays = |section: usize| self.grad_home[section] == GradHome::Slab;
+        let sections = self.parts.iter().enumerate().filter(|(s, _)| stays(*s));
+        let parts = sections.flat_map(|(_, parts)| parts);
+        let may = parts.filter(|p| p.home == Tier::Pinned).count() as u64;
+        let left = budget.saturating_sub(self.pinned_bytes());
+        if self.options.ahead && may > 0 {
+            self.undo = may.div_ceil(2).min(left / self.undo_slab_bytes());
+        }
+    }
+
     /// Gradients first (they would travel twice), then parameters (read twice a step), then
     /// optimizer states, part by part.
     fn keep_in_pinned(&mut self, model: &Model, budget: u64, ahead: bool) {
@@ -503,6 +530,11 @@ impl Placement {
         // What lives on the device comes and goes through one too, when it is loaded and published.
         let any_here = self.grad_home.contains(&GradHome::Device);
         self.optim_stage = wanted(parts, 1 + lookahead.max(1) * 2).max(u64::from(any_here));
+    }
+
+    /// How many slabs there are for what updates before the norm overwrite.
+    pub fn undo_buffers(&self) -> u64 {
+        self.undo
     }
 
     /// Where a section's parameters live.

@@ -60,7 +60,7 @@ pub enum TaskKind {
     RestoreAct(StageId),
     /// Copies a whole gradient out.
     GradOut(SectionId),
-    /// Sums the squares of a gradient, in pinned memory or on the device.
+    /// Sums the squares of a whole gradient, on the device.
     GradNorm(SectionId),
     /// Writes a gradient to disk.
     SpillGrad(SectionId),
@@ -114,6 +114,9 @@ pub enum Window {
     Read(StageId),
     /// The read for the n-th update from disk in the step.
     Update(u32),
+    /// Once the norm of its step is known; an update in pinned memory may run before that, at the driver's
+    /// risk ([`Scheduler::next_ahead`](crate::Scheduler::next_ahead)).
+    Norm,
 }
 
 /// What a pool's buffers are for.
@@ -248,6 +251,10 @@ pub struct Plan {
     pub(crate) forward_stages: usize,
     /// Updates whose states come from disk.
     pub(crate) staged_updates: u32,
+    /// The task of the norm, in a training step.
+    pub(crate) norm: Option<TaskId>,
+    /// Updates that may run before the norm at once: buffers for what they overwrite.
+    pub(crate) undo_buffers: u64,
 }
 
 impl Plan {
@@ -297,5 +304,11 @@ impl Plan {
     /// Stages before the first that makes gradients.
     pub fn forward_stages(&self) -> usize {
         self.forward_stages
+    }
+
+    /// Updates that may run before the norm of their step is known, and be undone: as many as there are
+    /// buffers for what they overwrite.
+    pub fn undo_buffers(&self) -> u64 {
+        self.undo_buffers
     }
 }

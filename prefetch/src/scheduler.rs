@@ -205,6 +205,24 @@ impl Scheduler {
         None
     }
 
+    /// An update in pinned memory that may start before the norm of its step is known, if one can: of those
+    /// whose gradients are whole the one that the next forward pass needs first. Whoever starts it keeps
+    /// what it overwrites until the norm is done, and has made good for it by then: what the norm does to
+    /// a gradient (clipping, skipping the step) came too late for it.
+    pub fn next_ahead(&mut self) -> Option<TaskRef> {
+        let lane = Lane::Cpu as usize;
+        if self.in_flight[lane] >= IN_FLIGHT[lane] {
+            return None;
+        }
+        let gated = |task: &&TaskRef| {
+            let spec = self.plan.task(task.id);
+            spec.window == Window::Norm && !self.in_window(**task)
+        };
+        let task = self.ready[lane].iter().find(gated).copied()?;
+        self.start(task);
+        Some(task)
+    }
+
     /// Starts a stage of the newest step if everything it needs is there.
     pub fn try_start_compute(&mut self, stage: StageId) -> Option<TaskRef> {
         let id = self.plan.stages()[stage.0 as usize].task?;
@@ -330,6 +348,10 @@ impl Scheduler {
         let stage = |id: StageId| task.step * stages + u64::from(id.0);
         match self.plan.task(task.id).window {
             Window::Open => true,
+            Window::Norm => self.plan.norm.is_none_or(|id| {
+                let step = task.step;
+                self.status(TaskRef { step, id }) == Status::Done
+            }),
             Window::Fetch(id) => stage(id) <= self.cursor + ahead,
             Window::Read(id) => stage(id) <= self.cursor + ahead + ahead.min(1),
             Window::Update(n) => {

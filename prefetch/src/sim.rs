@@ -54,9 +54,12 @@ struct Simulation<'a> {
     trace: Vec<SimEvent>,
     busy: [Nanos; LANES.len()],
     peaks: Vec<usize>,
+    /// Updates that began before the norm of their step, which is still to come.
+    ahead: u64,
 }
 
-/// Runs `steps` steps. A `seed` other than 0 stretches every task by up to 30 %, so that orders of
+/// Runs `steps` steps, none of whose gradients is clipped or skipped: updates run before the norm as far as
+/// the plan has buffers to undo them. A `seed` other than 0 stretches every task by up to 30 %, so that orders of
 /// completion vary; equal seeds give equal traces.
 ///
 /// # Panics
@@ -73,6 +76,7 @@ pub fn simulate(plan: Arc<Plan>, rates: &Rates, steps: u64, seed: u64) -> SimRep
         jitter: seed,
         trace: Vec::new(),
         busy: [0; LANES.len()],
+        ahead: 0,
     };
     let mut step_ends = Vec::new();
     for _ in 0..steps {
@@ -119,6 +123,14 @@ impl Simulation<'_> {
         while let Some(task) = self.scheduler.next() {
             self.begin(task);
         }
+        while self.ahead < self.scheduler.plan().undo_buffers() {
+            let Some(task) = self.scheduler.next_ahead() else {
+                break;
+            };
+            self.ahead += 1;
+            let amount = self.scheduler.plan().task(task.id).amount as f64;
+            self.run(task, amount / self.rates.cpu_ahead);
+        }
         for (index, peak) in self.peaks.iter_mut().enumerate() {
             *peak = (*peak).max(self.scheduler.taken(crate::plan::PoolId(index as u32)));
         }
@@ -133,6 +145,9 @@ impl Simulation<'_> {
             .expect("nothing runs and nothing can start");
         self.now = end;
         self.scheduler.done(task);
+        if Some(task.id) == self.scheduler.plan().norm {
+            self.ahead = 0;
+        }
         if let Some((start, end)) = self.ends.remove(&task) {
             let kind = self.scheduler.plan().task(task.id).kind;
             let seconds = |t: Nanos| t as f64 / 1e9;
@@ -146,6 +161,12 @@ impl Simulation<'_> {
     }
 
     fn begin(&mut self, task: TaskRef) {
+        let index = task.id.0 as usize;
+        let seconds = self.rates.seconds(self.scheduler.plan(), index);
+        self.run(task, seconds);
+    }
+
+    fn run(&mut self, task: TaskRef, seconds: f64) {
         let lane = self.scheduler.plan().task(task.id).lane;
         let server = match lane {
             Lane::DiskWrite => Lane::DiskRead,
@@ -158,9 +179,6 @@ impl Simulation<'_> {
             .unfinished_deps(task)
             .filter_map(|d| self.ends.get(&d));
         let ready = after.map(|e| e.1).max().unwrap_or(0).max(self.now);
-        let seconds = self
-            .rates
-            .seconds(self.scheduler.plan(), task.id.0 as usize);
         let length = (seconds * self.stretch() * 1e9).round() as Nanos;
         let start = ready.max(self.free[server]);
         let end = start + length;

@@ -98,9 +98,10 @@ fn balanced(lookahead: u32, timing: Timing) -> (SimReport, Bound) {
         disk_read: (traffic.disk_read + traffic.disk_write) as f64,
         disk_write: (traffic.disk_read + traffic.disk_write) as f64,
         cpu: 4.0 * traffic.updated as f64,
+        cpu_ahead: 3.0 * traffic.updated as f64,
         device_update: f64::INFINITY,
     };
-    let bound = bound(&plan, &rates);
+    let bound = bound(&plan, &rates, false);
     (simulate(plan.into(), &rates, 20, 0), bound)
 }
 
@@ -134,6 +135,53 @@ fn after_the_norm_a_step_is_near_its_own_bound() {
         (1.0 - 1e-6..=1.15).contains(&ratio),
         "step / bound = {ratio}, {bound:?}"
     );
+}
+
+#[test]
+fn where_the_optimizer_binds_updates_run_ahead_of_the_norm() {
+    let model = decoder(24, MIB, 64 << 10, true, MIB);
+    let step = |ahead: bool, room: u64| {
+        let options = PlaceOptions {
+            ahead,
+            ..options(Policy::Pinned, 2, Timing::AfterNorm)
+        };
+        let without = PlaceOptions {
+            ahead: false,
+            ..options
+        };
+        let most = place(&model, ALL, &without).unwrap();
+        let budgets = Budgets {
+            pinned_bytes: most.pinned_bytes() + room,
+            ..ALL
+        };
+        let placement = place(&model, budgets, &options).unwrap();
+        assert!(placement.pinned_bytes() <= budgets.pinned_bytes);
+        let plan = Plan::training(&model, &placement).unwrap();
+        let weight = |s: &StageSpec| if s.grads.is_empty() { 1.0 } else { 2.0 };
+        let all: f64 = model.stages.iter().map(weight).sum();
+        let updated = Traffic::of(&plan).updated as f64;
+        let rates = Rates {
+            stage_seconds: model.stages.iter().map(|s| weight(s) / all).collect(),
+            cpu: updated / 2.0,
+            // Half as slow again.
+            cpu_ahead: updated / 3.0,
+            ..Rates::equal(1e12)
+        };
+        let bounds = [false, true].map(|ahead| bound(&plan, &rates, ahead).seconds);
+        let report = simulate(plan.into(), &rates, 20, 0);
+        validate(&model, &placement, &report, 20).unwrap();
+        (report.step_seconds, bounds)
+    };
+    // Backward takes 2 / 3 of a second and all updates 2.
+    let (alone, bounds) = step(false, 64 * MIB);
+    assert!((bounds[0] - 8.0 / 3.0).abs() < 0.02 && (bounds[1] - 2.0).abs() < 1e-6);
+    assert!((bounds[0]..1.02 * bounds[0]).contains(&alone), "{alone}");
+    // Ahead of the norm two thirds of a second do the work of four ninths: 2.22 at best.
+    let (ahead, _) = step(true, 64 * MIB);
+    assert!((2.22..2.32).contains(&ahead), "{ahead}");
+    // With room for a few only, something is gained.
+    let (some, _) = step(true, 4 * MIB);
+    assert!(some < alone - 0.05 && some > ahead + 0.05, "{some}");
 }
 
 #[test]

@@ -59,6 +59,7 @@ impl Placement {
             .flatten()
             .filter(|p| p.home == Tier::Pinned);
         bytes += homes.map(|p| round(12 * p.elements)).sum::<u64>();
+        bytes += self.undo * self.undo_slab_bytes();
         bytes + self.optim_stage * round(self.optim_stage_bytes())
     }
 
@@ -82,6 +83,13 @@ impl Placement {
             .map(|p| 12 * p.elements)
             .max()
             .unwrap_or(0)
+    }
+
+    /// Bytes of a slab for what an update overwrites: the states of the largest part and, where new
+    /// parameters take the gradient's place, its gradient.
+    pub fn undo_slab_bytes(&self) -> u64 {
+        let element = 12 + self.element_bytes;
+        (self.optim_stage_bytes() / 12 * element).next_multiple_of(PINNED_ALIGN)
     }
 
     /// Bytes of optimizer states that do not live on disk: what a generation writes.

@@ -181,11 +181,13 @@ pub(crate) fn validate(
                     if !gathers || placement.param_home(*section) != Tier::Pinned {
                         return Err("reads in place what is not there, or not gathered".into());
                     }
-                    // Until the norm is known, updates may be undone.
-                    if plan.timing() == Timing::Immediate && step > 0 {
-                        let norm = find(TaskKind::Norm, step - 1);
-                        before(norm, compute, "reads in place what may be undone")?;
-                    }
+                }
+                // Until the norm is known, updates may be undone.
+                if step > 0 && find(TaskKind::Update(*section, 0), 0).is_some() {
+                    let norm = find(TaskKind::Norm, step - 1);
+                    before(norm, compute, "computes on what may be undone")?;
+                    let fetch = find(TaskKind::FetchParam(*section), step);
+                    before(norm, fetch, "fetches what may be undone")?;
                 }
                 // The version: all updates of the step before, brought home, come first.
                 let uses_of = |kind| plan.tasks().iter().any(|t| t.kind == kind);
@@ -249,16 +251,29 @@ pub(crate) fn validate(
             }
         }
         let norm = find(TaskKind::Norm, step);
+        let mut ahead = 0;
         for section in (0..model.sections.len() as u32).map(SectionId) {
             let out = find(TaskKind::GradOut(section), step);
             let summed = find(TaskKind::GradNorm(section), step);
-            before(out, summed, "sums a gradient that is not there")?;
+            before(summed, out, "lets a gradient go before it is summed")?;
             before(summed, norm, "the norm lacks a section")?;
             for part in 0..placement.parts(section).len() as u32 {
                 let update = find(TaskKind::Update(section, part), step);
-                before(summed, update, "updates before the gradient is there")?;
-                if plan.timing() == Timing::AfterNorm {
-                    before(norm, update, "updates before the norm")?;
+                before(
+                    out.or(summed),
+                    update,
+                    "updates before the gradient is there",
+                )?;
+                let stays = placement.grad_home(section) == GradHome::Slab
+                    && placement.parts(section)[part as usize].home == Tier::Pinned;
+                let early = before(norm, update, "updates before the norm");
+                if stays {
+                    ahead += u64::from(early.is_err());
+                    for kind in [TaskKind::PushParam(section), TaskKind::WriteParam(section)] {
+                        before(norm, find(kind, step), "shows what may be undone")?;
+                    }
+                } else if plan.timing() == Timing::AfterNorm {
+                    early?;
                 }
                 before(
                     find(TaskKind::ReadOptim(section, part), step),
@@ -279,6 +294,9 @@ pub(crate) fn validate(
                     "reads states before they were written",
                 )?;
             }
+        }
+        if ahead > plan.undo_buffers() {
+            return Err(format!("{ahead} updates ran before the norm"));
         }
     }
     // No extent is under way twice at once.
@@ -318,6 +336,7 @@ pub(crate) fn rates(model: &Model, compute: f64, link: f64, disk: f64) -> Rates 
         disk_read: disk,
         disk_write: disk,
         cpu: 1e12,
+        cpu_ahead: 7e11,
         device_update: 1e11,
     }
 }

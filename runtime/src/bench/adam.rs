@@ -14,7 +14,7 @@ use crate::nvme::bench::cpu_seconds;
 /// Bytes read and written for a parameter: gradient 2, master and moments 12 each way, parameter 2.
 pub const BYTES: u64 = 28;
 /// Bytes of memory for a parameter.
-const ROOM: u64 = 16;
+pub(super) const ROOM: u64 = 16;
 /// A slice takes at least this long: what starting threads takes does not count then.
 const SLICE_SECONDS: f64 = 0.05;
 
@@ -121,14 +121,14 @@ fn measure(size: u64, mut passes: impl FnMut(u32)) -> Slice {
     }
 }
 
-struct Memory {
+pub(super) struct Memory {
     states: [forebay_pinned::Slab; 3],
     grad: forebay_pinned::Slab,
     param: forebay_pinned::Slab,
 }
 
 impl Memory {
-    fn new(arena: &Arena, size: u64) -> Result<Self> {
+    pub(super) fn new(arena: &Arena, size: u64) -> Result<Self> {
         let take = |each: u64| -> Result<_> {
             let mut slab = arena.lease(each * size)?;
             // In either type a number of a common size.
@@ -168,7 +168,7 @@ impl Memory {
     }
 
     /// The same memory by threads of their own, each with a run of it.
-    fn bare(&mut self, threads: usize, streams: bool, passes: u32) {
+    pub(super) fn bare(&mut self, threads: usize, streams: bool, passes: u32) {
         let [p, m, v] = self
             .states
             .each_mut()

@@ -9,6 +9,7 @@ pub mod adam;
 mod gpu;
 pub mod kernels;
 pub mod pcie;
+pub mod traffic;
 
 use crate::error::Result;
 use crate::nvme::bench::{Interval, median};

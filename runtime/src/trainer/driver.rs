@@ -6,7 +6,7 @@ use std::time::Instant;
 use forebay_prefetch::{ParamSource, SectionId, TaskRef};
 
 use super::dry::Pass;
-use super::engine::{Engine, Sign};
+use super::engine::{Ending, Engine, Sign};
 use super::places::READ_BYTES;
 use super::step::{Driver, Finished};
 use crate::device::{Span, Stream};
@@ -142,8 +142,8 @@ impl Driver for Engine {
         self.device.target()
     }
 
-    fn finish(&mut self) -> Result<Finished> {
-        let result = self.finish_pass();
+    fn finish(&mut self, ending: Ending) -> Result<Finished> {
+        let result = self.finish_pass(ending);
         self.sticky(result)
     }
 
@@ -163,14 +163,12 @@ impl Engine {
                 break task;
             }
             if !moved {
-                self.telemetry.waiting();
                 if let Some(trace) = self.tracing() {
                     trace.waiting();
                 }
                 self.nap();
             }
         };
-        self.telemetry.entered();
         if let Some(trace) = self.tracing() {
             trace.entered(task);
         }
@@ -278,8 +276,13 @@ impl Engine {
         }
     }
 
-    fn finish_pass(&mut self) -> Result<Finished> {
-        self.stage = None;
+    fn finish_pass(&mut self, ending: Ending) -> Result<Finished> {
+        if let Some((_, task)) = self.stage.take().filter(|_| self.pass == Pass::Train) {
+            self.open[(task.step % 2) as usize].ending = Some(ending);
+        }
+        if let Some(norm) = self.held.take() {
+            self.norm(norm)?;
+        }
         let loss = match self.loss.take() {
             None => None,
             Some(event) => {

@@ -1,5 +1,6 @@
 //! A step on nothing: no device, no memory, only the measure of what the step asks for.
 
+use super::engine::Ending;
 use super::scratch::Scratch;
 use super::step::{Driver, Finished, Step};
 use crate::device::Span;
@@ -116,7 +117,7 @@ impl Driver for Dry {
     fn target(&self) -> Target {
         self.target
     }
-    fn finish(&mut self) -> Result<Finished> {
+    fn finish(&mut self, _: Ending) -> Result<Finished> {
         Ok(Finished {
             step: 0,
             loss: None,

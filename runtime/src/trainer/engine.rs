@@ -5,7 +5,6 @@
 //! where the trainer must wait, the engine pumps and sleeps in turn.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use forebay_kernels::cpu::AdamW;
@@ -13,7 +12,9 @@ use forebay_nvme::{Key, StateKind, Store};
 use forebay_pinned::Arena;
 use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
 
+use super::ahead::RunAhead;
 use super::dry::Pass;
+use super::norm::Undoing;
 use super::options::Publish;
 use super::places::{Places, SlabPlace};
 use super::telemetry::Telemetry;
@@ -42,10 +43,21 @@ pub(super) struct Moving {
     pub(super) place: SlabPlace,
 }
 
+/// What becomes of a step's gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// It is applied.
+    Apply,
+    /// It is thrown away.
+    Discard,
+}
+
 /// What belongs to one step of the two that may be open.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OpenStep {
     pub(super) lr: f64,
+    /// Once the trainer has ended it: what becomes of its gradient.
+    pub(super) ending: Option<Ending>,
     /// Once the norm is known: what the updates use.
     pub(super) scalars: Option<StepScalars>,
 }
@@ -66,6 +78,7 @@ pub(super) struct Parts {
     pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
     pub(super) publish: Publish,
+    pub(super) ahead: RunAhead,
     pub(super) trace: Option<Trace>,
 }
 
@@ -75,6 +88,7 @@ pub(crate) struct Engine {
     pub(super) lane: WorkQueue,
     pub(super) device: Box<dyn Device>,
     pub(super) store: Store,
+    pub(super) ahead: RunAhead,
     pub(super) places: Places,
     pub(super) arena: Arena,
     pub(super) optimizer: Arc<Optimizer>,
@@ -86,8 +100,6 @@ pub(crate) struct Engine {
     pub(super) flying: Vec<(TaskRef, Sign)>,
     pub(super) moving: Vec<Moving>,
     pub(super) runs: Vec<Arc<[Run]>>,
-    /// Per section, the bits of the sum of squares of its gradient.
-    pub(super) sums: Arc<[AtomicU64]>,
     pub(super) open: [OpenStep; 2],
     pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
@@ -99,8 +111,9 @@ pub(crate) struct Engine {
     pub(super) last_norm: f64,
     pub(super) skipped: u64,
     pub(super) holding: bool,
-    /// A step whose gradient was not finite and whose early updates are being undone.
-    pub(super) undoing: Option<TaskRef>,
+    pub(super) undoing: Option<Undoing>,
+    /// The norm of a step that the trainer has not ended yet.
+    pub(super) held: Option<TaskRef>,
     pub(super) stage: Option<(StageId, TaskRef)>,
     pub(super) loss: Option<Event>,
     pub(super) input_used: u64,
@@ -135,7 +148,6 @@ impl Engine {
             optimizer: Arc::new(parts.optimizer),
             notifier: parts.notifier,
             runs: model.sections.iter().map(update::runs).collect(),
-            sums: model.sections.iter().map(|_| AtomicU64::new(0)).collect(),
             telemetry: Telemetry::new(&train),
             schedulers: [Scheduler::new(train), Scheduler::new(Arc::new(eval))],
             pass: Pass::Train,
@@ -145,12 +157,14 @@ impl Engine {
             adam: parts.adam,
             clip: parts.clip,
             publish: parts.publish,
+            ahead: parts.ahead,
             applied: 0,
             steps: 0,
             last_norm: 0.0,
             skipped: 0,
             holding: false,
             undoing: None,
+            held: None,
             stage: None,
             loss: None,
             input_used: 0,
@@ -178,7 +192,11 @@ impl Engine {
         let step = self.schedulers[pass as usize].begin_step();
         self.input_used = 0;
         if pass == Pass::Train {
-            self.open[(step % 2) as usize] = OpenStep { lr, scalars: None };
+            let open = &mut self.open[(step % 2) as usize];
+            *open = OpenStep {
+                lr,
+                ..OpenStep::default()
+            };
             self.steps += 1;
             self.telemetry.begin_step();
         }
@@ -286,6 +304,7 @@ impl Engine {
             self.start(task)?;
             moved = true;
         }
+        moved |= self.run_ahead();
         Ok(moved)
     }
 
@@ -307,6 +326,7 @@ impl Engine {
         if self.pass == Pass::Train {
             let busy = self.device.busy(Stream::Compute);
             self.telemetry.done(task.step, spec, busy);
+            self.ahead.done(task);
         }
         self.scheduler_mut().done(task);
     }
@@ -330,13 +350,7 @@ impl Engine {
                 self.copy_task(task, spec);
                 Ok(())
             }
-            TaskKind::GradNorm(section) if spec.lane == Lane::Update => {
-                self.device_norm(task, spec, section)
-            }
-            TaskKind::GradNorm(section) => {
-                self.grad_norm(task, spec, section);
-                Ok(())
-            }
+            TaskKind::GradNorm(section) => self.grad_norm(task, spec, section),
             TaskKind::Update(section, part) if spec.lane == Lane::Update => {
                 self.device_update(task, section, part)
             }
@@ -344,10 +358,7 @@ impl Engine {
                 self.update(task, spec, section, part);
                 Ok(())
             }
-            TaskKind::Norm => {
-                self.norm(task);
-                Ok(())
-            }
+            TaskKind::Norm => self.norm(task),
             TaskKind::Commit => {
                 if self.holding {
                     self.store.commit();

@@ -1,8 +1,10 @@
 //! The training step on three tiers.
 
+mod ahead;
 mod driver;
 mod dry;
 mod engine;
+mod norm;
 mod on_device;
 mod options;
 mod places;
@@ -18,9 +20,9 @@ mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
 pub use options::{
-    AdamW, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target,
+    AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target,
 };
-pub use report::{Ceilings, HopReport, PublishCost, Report, TierReport};
+pub use report::{AheadReport, Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
 pub use weights::{RandomInit, Weights};
 
@@ -39,6 +41,7 @@ use crate::machine;
 use crate::model::Model;
 use crate::queue::{Notifier, WorkQueue};
 use crate::tensor::DType;
+use ahead::RunAhead;
 use engine::{Engine, Parts, key};
 use places::Places;
 use scratch::Scratch;
@@ -136,6 +139,8 @@ impl Trainer {
         let mut device = device::open(target, placement.device_bytes(), &notifier, options.stream)?;
         device.pin(&arena)?;
         let places = Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
+        let undo = (0..placement.undo_buffers()).map(|_| arena.lease(placement.undo_slab_bytes()));
+        let undo = undo.collect::<Result<Vec<_>, _>>()?;
         let open = if resume { Store::open } else { Store::create };
         let store = open(&arena, &store_layout, &store_options)?;
         let workers = Workers::new(options.threads, "fb-adam")
@@ -167,6 +172,7 @@ impl Trainer {
             adam: options.optimizer,
             clip: options.clip,
             publish: options.publish,
+            ahead: RunAhead::new(options.ahead, undo),
             trace,
             placement,
             store,
@@ -363,6 +369,7 @@ fn place(
         partitions: options.partitions,
         scratch_bytes: places::device_fixed_bytes(footprint),
         pinned_fixed_bytes: places::fixed_bytes(footprint, model.sections.len()),
+        ahead: options.ahead != Ahead::Never,
     };
     Ok(order::place(model, budgets, &place_options)?)
 }

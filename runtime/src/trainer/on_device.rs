@@ -1,5 +1,7 @@
-//! The optimizer on the device: sums of squares and updates of sections whose states live there, as
+//! The optimizer on the device: sums of squares, and updates of sections whose states live there, as
 //! operations on the compute stream, with the bits of the CPU's.
+
+use std::sync::Arc;
 
 use forebay_kernels::cpu::{
     AdamScalars, Exchange, Isa, NormIn, States, adamw_parallel, square_sum,
@@ -106,14 +108,24 @@ fn view(address: u64, dtype: DType, elements: usize) -> View {
 }
 
 impl Engine {
-    pub(super) fn device_norm(
+    /// Sums the squares of a gradient while it is on the device, wherever it will be applied: memory is
+    /// fastest there, and the CPU has more to do than it can.
+    pub(super) fn grad_norm(
         &mut self,
         task: TaskRef,
         spec: &Task,
         section: SectionId,
     ) -> Result<()> {
-        let Some(gradient) = self.places.grad_here(section) else {
-            unreachable!("a gradient that is applied on the device has a place there");
+        let plan = Arc::clone(self.scheduler().plan());
+        let cast = self
+            .model
+            .cast_offset(&self.model.sections[section.0 as usize]);
+        let in_slot = spec
+            .slot
+            .map(|claim| self.slot(&plan, task.step, claim) + cast.unwrap_or(0));
+        let gradient = self.places.grad_here(section).or(in_slot);
+        let Some(gradient) = gradient else {
+            unreachable!("a whole gradient is in its slot");
         };
         let dtype = self.model.dtype;
         let values = view(gradient, dtype, spec.amount as usize);
@@ -125,7 +137,7 @@ impl Engine {
             &[TensorMut::new(words)],
         )?;
         let target = self.places.sums_target(section);
-        // SAFETY: the place is the gradient's; the sums of one section are on their way before those
+        // SAFETY: the place is the gradient's until it has left; the sums of one section are on their way before those
         // of the next are made, in one stream; the target is this section's own.
         unsafe {
             self.device.launch(launch);

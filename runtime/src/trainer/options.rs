@@ -25,6 +25,20 @@ pub enum Publish {
     Never,
 }
 
+/// Whether sections whose states are in pinned memory are updated while the backward pass goes on, before the
+/// norm of the whole gradient is known. Where it then clips or skips the step, what they overwrote is brought
+/// back and updated anew. Results do not depend on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ahead {
+    /// Where memory is left to keep what is overwritten, as long as steps are seldom undone.
+    #[default]
+    Auto,
+    /// Where memory is left, in every step.
+    Always,
+    /// Never: updates wait for the norm.
+    Never,
+}
+
 /// What a trainer may use and how it updates. Start from [`Options::new`].
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -51,6 +65,8 @@ pub struct Options {
     /// The largest global norm of a step's gradient; larger ones are scaled down to it. With
     /// `None`, sections whose states are on disk are updated before the backward pass has ended.
     pub clip: Option<f64>,
+    /// Whether updates run before the norm that `clip` looks at is known.
+    pub ahead: Ahead,
     /// Most elements updated in one piece; `None`: a 128th of the model, from 64 Ki to 4 Mi.
     pub optimizer_chunk: Option<u64>,
     /// Ranks that every section's optimizer states are split over. One process still holds them all.
@@ -96,6 +112,7 @@ impl Options {
                 weight_decay: 0.1,
             },
             clip: Some(1.0),
+            ahead: Ahead::Auto,
             optimizer_chunk: None,
             partitions: 1,
             publish: Publish::Often,

@@ -120,6 +120,9 @@ impl Places {
             lease(pinned, placement.act_bytes())
         });
         let input = || arena.lease(footprint.input_bytes);
+        // Sections without gradients add nothing.
+        let mut sums_here = arena.lease(sums_bytes(order.sections.len()))?;
+        sums_here.fill(0);
         Ok(Self {
             acts: acts.collect::<Result<_, _>>()?,
             inputs: [input()?, input()?],
@@ -133,7 +136,7 @@ impl Places {
                 address: slot(SQUARE_SUMS as u64),
                 bytes: SQUARE_SUMS as u64,
             },
-            sums_here: arena.lease(sums_bytes(order.sections.len()))?,
+            sums_here,
             states,
             grads_here,
             slots,

@@ -155,6 +155,22 @@ pub struct PublishCost {
     pub bytes: u64,
 }
 
+/// Updates ahead of the norm ([`Ahead`](crate::Ahead)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AheadReport {
+    /// Steps of which some ran ahead.
+    pub steps: u64,
+    /// Those of them that were undone.
+    pub undone: u64,
+}
+
+impl AheadReport {
+    /// Steps in which they stood.
+    pub fn stood(&self) -> u64 {
+        self.steps - self.undone
+    }
+}
+
 /// What a run used and did.
 #[derive(Clone, Debug)]
 pub struct Report {
@@ -174,8 +190,8 @@ pub struct Report {
     pub steps: u64,
     /// The median step, in seconds.
     pub step_s: f64,
-    /// Seconds that the trainer waited for sections.
-    pub waited_s: f64,
+    /// Updates ahead of the norm.
+    pub ahead: AheadReport,
     /// Bytes that a step moves by plan.
     pub traffic: Traffic,
     /// Mean seconds of compute, by stage.
@@ -186,8 +202,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// The least time that a step could take at these rates. Compute is what the device spent in
-    /// operations in this run.
+    /// The least time that a step could take at these rates, with updates ahead of the norm if they stood in
+    /// most steps. Compute is what the device spent in operations in this run.
     pub fn bound(&self, ceilings: &Ceilings) -> Bound {
         let rates = Rates {
             stage_seconds: self.stage_s.clone(),
@@ -196,10 +212,11 @@ impl Report {
             disk_read: ceilings.disk_read,
             disk_write: ceilings.disk_write,
             cpu: ceilings.adam,
+            cpu_ahead: ceilings.adam,
             // Seen by the device as compute, of the stage after.
             device_update: f64::INFINITY,
         };
-        bound(&self.plan, &rates)
+        bound(&self.plan, &rates, 2 * self.ahead.stood() > self.steps)
     }
 }
 
@@ -243,7 +260,10 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         ],
         steps: telemetry.steps,
         step_s: times.get(times.len() / 2).copied().unwrap_or(0.0),
-        waited_s: telemetry.waited.as_secs_f64(),
+        ahead: AheadReport {
+            steps: engine.ahead.steps,
+            undone: engine.ahead.undone,
+        },
         traffic: Traffic::of(engine.plan()),
         stage_s: telemetry.stage_means(),
         disk_stats: stats,

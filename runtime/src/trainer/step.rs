@@ -18,6 +18,7 @@
 
 use std::cell::RefCell;
 
+use super::engine::Ending;
 use super::scratch::Scratch;
 use crate::device::Span;
 use crate::error::{Error, Result};
@@ -52,7 +53,7 @@ pub(crate) trait Driver {
     /// What operations run on.
     fn target(&self) -> Target;
     /// All stages were left: the loss, once it is known.
-    fn finish(&mut self) -> Result<Finished>;
+    fn finish(&mut self, ending: Ending) -> Result<Finished>;
     /// The step was dropped on the way.
     fn abandon(&mut self);
 }
@@ -317,6 +318,19 @@ impl<'t> Step<'t> {
     /// # Errors
     /// [`Error::Misuse`] if stages are missing; whatever failed on the way.
     pub fn finish(self) -> Result<Finished> {
+        self.end(Ending::Apply)
+    }
+
+    /// Ends the step as [`Step::finish`] does, but throws its gradient away: states and parameters stay as they
+    /// are, as after a gradient that is not finite. For a loss that says that something went wrong.
+    ///
+    /// # Errors
+    /// As [`Step::finish`].
+    pub fn discard(self) -> Result<Finished> {
+        self.end(Ending::Discard)
+    }
+
+    fn end(self, ending: Ending) -> Result<Finished> {
         let mut core = self.core.borrow_mut();
         if core.next as usize != self.stages.len() {
             let due = &self.stages[core.next as usize].name;
@@ -325,7 +339,7 @@ impl<'t> Step<'t> {
             )));
         }
         core.finished = true;
-        core.driver.finish()
+        core.driver.finish(ending)
     }
 }
 

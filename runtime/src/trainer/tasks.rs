@@ -2,19 +2,17 @@
 //! that the plan gave it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
-use forebay_kernels::cpu::AdamW;
 use forebay_nvme::{Key, StateKind};
-use forebay_prefetch::{
-    ClaimRef, GradHome, Lane, Plan, SectionId, Task, TaskId, TaskKind, TaskRef, Tier, Timing,
-};
+use forebay_prefetch::{ClaimRef, Lane, Plan, SectionId, Task, TaskKind, TaskRef, Timing};
 
 use super::engine::{Engine, Moving, Sign};
 use super::places::SlabPlace;
-use super::update::{self, PartPlace, StepScalars};
+use super::update::{self, PartPlace, StepScalars, Work};
 use crate::device::{Span, Stream};
 use crate::error::Result;
+use crate::queue::Seq;
 
 impl Engine {
     pub(super) fn claimed(&self, plan: &Plan, step: u64, claim: ClaimRef) -> SlabPlace {
@@ -38,7 +36,6 @@ impl Engine {
             (_, Some(claim), _) => self.claimed(plan, task.step, claim),
             (
                 TaskKind::GradOut(s)
-                | TaskKind::GradNorm(s)
                 | TaskKind::PushParam(s)
                 | TaskKind::WriteParam(s)
                 | TaskKind::Update(s, _),
@@ -151,142 +148,56 @@ impl Engine {
         address.expect("the arena was made known to the device")
     }
 
-    pub(super) fn grad_norm(&mut self, task: TaskRef, spec: &Task, section: SectionId) {
-        let grad = self.places.get(self.slab_place(task, spec)).address() as usize;
-        let (optimizer, sums) = (Arc::clone(&self.optimizer), Arc::clone(&self.sums));
-        let (elements, dtype) = (spec.amount as usize, self.model.dtype);
-        let seq = self.lane.push("gradient norm", move || {
-            // SAFETY: the slab belongs to the gradient until its update is done.
-            let sum = unsafe { update::norm(&optimizer, grad, dtype, elements) };
-            sums[section.0 as usize].store(sum.sum.to_bits(), Ordering::Release);
-            Ok(())
-        });
+    pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
+        let place = self.part_place(task, spec, section, part);
+        let scalars = self.step_scalars(task.step);
+        let seq = self.queue_update(section, Work::Update, place, scalars);
         self.fly(task, Sign::Cpu(seq));
     }
 
-    /// All sums are known: the clip factor, and whether the step is skipped.
-    pub(super) fn norm(&mut self, task: TaskRef) {
-        // In the order of the sections, so that the bits do not depend on that of completions.
-        let of = |(section, sum): (SectionId, &AtomicU64)| {
-            if self.placement.grad_home(section) == GradHome::Device {
-                self.places.sum(section)
-            } else {
-                f64::from_bits(sum.load(Ordering::Acquire))
-            }
-        };
-        let sections = (0..).map(SectionId);
-        let sum: f64 = sections.zip(self.sums.iter()).map(of).sum();
-        let norm = sum.sqrt();
-        self.last_norm = norm;
-        let finite = norm.is_finite();
-        let scale = match self.clip {
-            Some(clip) => (clip / (norm + 1e-6)).min(1.0),
-            None => 1.0,
-        };
-        let scalars = if finite {
-            self.applied += 1;
-            self.scalars(task.step, self.applied, scale)
-        } else {
-            self.skipped += 1;
-            StepScalars::unchanged()
-        };
-        self.open[(task.step % 2) as usize].scalars = Some(scalars);
-        let early = (0..self.model.sections.len() as u32).map(SectionId);
-        let early = |engine: &Self| {
-            early
-                .clone()
-                .any(|s| engine.placement.grad_home(s) == GradHome::Passing)
-        };
-        if !finite && early(self) {
-            self.undoing = Some(task);
-        } else {
-            self.done(task);
-        }
-    }
-
-    pub(super) fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
-        let lr = self.open[(step % 2) as usize].lr;
-        let plain = AdamW {
-            weight_decay: 0.0,
-            ..self.adam
-        };
-        StepScalars {
-            decayed: self.adam.at(applied, lr, scale),
-            plain: plain.at(applied, lr, scale),
-        }
-    }
-
-    /// What the updates of a step use. Before the norm (`Timing::Immediate`) the step counts as one
-    /// that will be applied.
-    pub(super) fn step_scalars(&self, step: u64) -> StepScalars {
-        let known = self.open[(step % 2) as usize].scalars;
-        known.unwrap_or_else(|| self.scalars(step, self.applied + 1, 1.0))
-    }
-
-    pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
-        let index = section.0 as usize;
+    /// Where the update of a part finds what it works on.
+    pub(super) fn part_place(
+        &self,
+        task: TaskRef,
+        spec: &Task,
+        section: SectionId,
+        part: u32,
+    ) -> PartPlace {
         let states = match spec.states {
-            Some(claim) => self.claimed(&Arc::clone(self.scheduler().plan()), task.step, claim),
+            Some(claim) => self.claimed(self.scheduler().plan(), task.step, claim),
             None => SlabPlace::Optim(section, part),
         };
         let span = self.placement.parts(section)[part as usize];
-        let place = PartPlace {
+        let param = self.places.param[section.0 as usize].as_ref();
+        PartPlace {
             states: self.places.get(states).address().cast(),
             grad: self.places.get(self.slab_place(task, spec)).address(),
-            param: self.places.param[index].as_ref().map(|slab| slab.address()),
+            param: param.map(|slab| slab.address()),
+            kept: None,
             dtype: self.model.dtype,
             first: span.first as usize,
             elements: span.elements as usize,
-        };
-        let scalars = self.step_scalars(task.step);
-        let (optimizer, runs) = (Arc::clone(&self.optimizer), Arc::clone(&self.runs[index]));
-        let seq = self.lane.push("update", move || {
-            let place = place;
-            // SAFETY: states, gradient and parameters belong to this update until it is done: the
-            // scheduler starts nothing that reads the parameters, or writes any of them, before.
-            unsafe { update::update(&optimizer, &scalars, &runs, place) };
-            Ok(())
-        });
-        self.fly(task, Sign::Cpu(seq));
+        }
     }
 
-    /// After a gradient that was not finite: once the early updates of the step have all come
-    /// through, the old extents are made current again and the parameters derived from them.
-    pub(super) fn undo_if_ready(&mut self) -> Result<()> {
-        let Some(norm) = self.undoing else {
-            return Ok(());
-        };
-        let plan = Arc::clone(self.scheduler().plan());
-        let passing = |s: SectionId| self.placement.grad_home(s) == GradHome::Passing;
-        let pending = (0..).map(TaskId).zip(plan.tasks()).any(|(id, task)| {
-            let early = match task.kind {
-                TaskKind::Update(s, _)
-                | TaskKind::WriteOptim(s, _)
-                | TaskKind::WriteParam(s)
-                | TaskKind::PushParam(s) => passing(s),
-                _ => false,
-            };
-            early
-                && !self.scheduler().is_done(TaskRef {
-                    step: norm.step,
-                    id,
-                })
-        });
-        if pending {
-            return Ok(());
-        }
-        self.undoing = None;
-        if self.holding {
-            self.store.rollback();
-            self.holding = false;
-        }
-        for section in (0..self.model.sections.len() as u32).map(SectionId) {
-            let on_disk = self.placement.param_home(section) == Tier::Disk;
-            if self.placement.grad_home(section) == GradHome::Passing && !on_disk {
-                self.derive_param(section)?;
-            }
-        }
-        self.done(norm);
-        Ok(())
+    /// Hands the optimizer's work on a part to its lane.
+    pub(super) fn queue_update(
+        &mut self,
+        section: SectionId,
+        work: Work,
+        place: PartPlace,
+        scalars: StepScalars,
+    ) -> Seq {
+        let (optimizer, clock) = (Arc::clone(&self.optimizer), self.ahead.clock());
+        let runs = Arc::clone(&self.runs[section.0 as usize]);
+        self.lane.push(work.name(), move || {
+            let place = place;
+            let start = Instant::now();
+            // SAFETY: states, gradient, parameters and what is kept belong to this update until it is
+            // done: the scheduler starts nothing that reads the parameters, or writes any of them, before.
+            unsafe { update::work(&optimizer, work, &scalars, &runs, place) };
+            clock.add(work, place.elements, start.elapsed());
+            Ok(())
+        })
     }
 }

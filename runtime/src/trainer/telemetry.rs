@@ -1,4 +1,4 @@
-//! What a run did: bytes by hop, time by lane and stage, and who was waited for.
+//! What a run did: bytes by hop, time by lane and stage.
 
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,6 @@ pub(super) struct Telemetry {
     compute_seen: Duration,
     /// Stages computed, for the mean of `stage_seconds`.
     pub(super) steps: u64,
-    waiting_since: Option<Instant>,
-    /// Time in which the trainer waited for a stage's sections.
-    pub(super) waited: Duration,
     passes: u64,
 }
 
@@ -36,8 +33,6 @@ impl Telemetry {
             last_end: None,
             compute_seen: Duration::ZERO,
             steps: 0,
-            waiting_since: None,
-            waited: Duration::ZERO,
             passes: 0,
         }
     }
@@ -84,16 +79,6 @@ impl Telemetry {
         match self.steps {
             0 | 1 => first.clone(),
             steps => others.iter().map(|s| s / (steps - 1) as f64).collect(),
-        }
-    }
-
-    pub(super) fn waiting(&mut self) {
-        self.waiting_since.get_or_insert_with(Instant::now);
-    }
-
-    pub(super) fn entered(&mut self) {
-        if let Some(since) = self.waiting_since.take() {
-            self.waited += since.elapsed();
         }
     }
 }

@@ -1,5 +1,4 @@
-//! The optimizer's work on one section: the norm of its gradient and the AdamW update of its
-//! parts, as closures for the CPU lane.
+//! The optimizer's work on one section: the AdamW update of its parts, as closures for the CPU lane.
 //!
 //! A part's states lie in one slab, `[master | m | v]`, each of the part's elements in f32. The
 //! gradient is read where the copy from the device left it. The new parameters go to the
@@ -9,8 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_kernels::cpu::{
-    AdamScalars, Exchange, Isa, NormIn, SquareSum, States, Workers, adamw_parallel, f32_to_bf16,
-    square_sum,
+    AdamScalars, Exchange, Isa, Kept, States, Workers, adamw_ahead, adamw_parallel, adamw_undo,
+    f32_to_bf16,
 };
 
 use crate::model::Section;
@@ -64,7 +63,9 @@ pub(super) struct PartPlace {
     pub(super) grad: *mut u8,
     /// The section's parameters if they have a slab of their own.
     pub(super) param: Option<*mut u8>,
-    /// The type of both.
+    /// Where what an update overwrites is kept: `[master | m | v | gradient]` of the part.
+    pub(super) kept: Option<*mut u8>,
+    /// The type of gradient and parameters.
     pub(super) dtype: DType,
     /// First element of the part in the section.
     pub(super) first: usize,
@@ -72,7 +73,7 @@ pub(super) struct PartPlace {
     pub(super) elements: usize,
 }
 
-// SAFETY: plain addresses; who may touch them when is the engine's business (see `update`).
+// SAFETY: plain addresses; who may touch them when is the engine's business (see `work`).
 unsafe impl Send for PartPlace {}
 
 /// Scalars of a step, with weight decay and without.
@@ -90,6 +91,11 @@ impl StepScalars {
             decayed: unchanged,
             plain: unchanged,
         }
+    }
+
+    /// Whether the step changes nothing.
+    fn is_unchanged(&self) -> bool {
+        self.decayed == AdamScalars::unchanged()
     }
 
     /// Those of a run.
@@ -111,15 +117,69 @@ impl Run {
     }
 }
 
-/// Updates one part.
+/// What is done to a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    /// Its update.
+    Update,
+    /// Its update before the norm is known: what is overwritten goes to [`PartPlace::kept`].
+    Ahead,
+    /// That is taken back (parameters with a slab of their own stay as they are), and the update made anew.
+    Again,
+}
+
+impl Work {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Update => "update",
+            Self::Ahead => "update ahead",
+            Self::Again => "update again",
+        }
+    }
+}
+
+/// Works on one part.
 ///
 /// # Safety
 /// The place is mapped for its elements, and nobody else touches it until this returns.
-pub(super) unsafe fn update(
+pub(super) unsafe fn work(
     optimizer: &Optimizer,
+    work: Work,
     scalars: &StepScalars,
     runs: &[Run],
     place: PartPlace,
+) {
+    let (workers, isa) = (&optimizer.workers, optimizer.isa);
+    if work == Work::Update && place.param.is_some() && scalars.is_unchanged() {
+        // The parameters are what their masters are cast to already.
+        return;
+    }
+    let each =
+        |run: &Run, mut states: States<'_>, mut exchange: Exchange<'_>, kept: Option<Kept<'_>>| {
+            let scalars = scalars.of(run);
+            match (work, kept) {
+                (Work::Ahead, Some(kept)) => {
+                    return adamw_ahead(workers, isa, scalars, states, exchange, kept);
+                }
+                (Work::Again, Some(kept)) => {
+                    adamw_undo(workers, states.reborrow(), exchange.reborrow(), kept);
+                }
+                _ => {}
+            }
+            adamw_parallel(workers, isa, scalars, states, exchange);
+        };
+    // SAFETY: by the caller's contract.
+    unsafe { each_run(runs, place, each) };
+}
+
+/// Calls `f` with each run of a part: its states, gradient and parameter, and the room to keep them.
+///
+/// # Safety
+/// As for [`work`].
+unsafe fn each_run(
+    runs: &[Run],
+    place: PartPlace,
+    mut f: impl FnMut(&Run, States<'_>, Exchange<'_>, Option<Kept<'_>>),
 ) {
     let part = place.first..place.first + place.elements;
     for run in runs {
@@ -128,12 +188,20 @@ pub(super) unsafe fn update(
         };
         let (start, len) = (shared.start, shared.len());
         let inside = start - part.start;
+        let bytes = place.dtype.bytes();
         // SAFETY: the ranges lie inside the part and the section, by the caller's contract; the
-        // three state arrays do not overlap each other, and gradient and parameter are different
-        // slabs.
-        let (states, exchange) = unsafe {
-            let states = |i: usize| {
-                std::slice::from_raw_parts_mut(place.states.add(i * place.elements + inside), len)
+        // three state arrays do not overlap each other, and gradient, parameter and what is kept are
+        // different slabs.
+        let (states, exchange, kept) = unsafe {
+            let states = |base: *mut f32| {
+                let state = |i: usize| {
+                    std::slice::from_raw_parts_mut(base.add(i * place.elements + inside), len)
+                };
+                States {
+                    master: state(0),
+                    m: state(1),
+                    v: state(2),
+                }
             };
             let exchange = match (place.dtype, place.param) {
                 (DType::Bf16, Some(param)) => Exchange::Bf16 {
@@ -147,17 +215,18 @@ pub(super) unsafe fn update(
                 },
                 (_, None) => Exchange::InPlaceF32(run_of(place.grad, start, len)),
             };
-            (
-                States {
-                    master: states(0),
-                    m: states(1),
-                    v: states(2),
-                },
-                exchange,
-            )
+            let in_place = if place.param.is_none() { bytes } else { 0 };
+            let kept = place.kept.map(|kept| Kept {
+                states: states(kept.cast()),
+                grad: run_of(
+                    kept.add(12 * place.elements),
+                    in_place * inside,
+                    in_place * len,
+                ),
+            });
+            (states(place.states), exchange, kept)
         };
-        let (workers, isa) = (&optimizer.workers, optimizer.isa);
-        adamw_parallel(workers, isa, scalars.of(run), states, exchange);
+        f(run, states, exchange, kept);
     }
 }
 
@@ -168,28 +237,6 @@ pub(super) unsafe fn update(
 unsafe fn run_of<'a, T>(base: *mut u8, start: usize, len: usize) -> &'a mut [T] {
     // SAFETY: by the contract above.
     unsafe { std::slice::from_raw_parts_mut(base.cast::<T>().add(start), len) }
-}
-
-/// The sum of squares of a gradient.
-///
-/// # Safety
-/// `grad` is the address of `elements` elements of this type, and nobody writes them until this
-/// returns.
-pub(super) unsafe fn norm(
-    optimizer: &Optimizer,
-    grad: usize,
-    dtype: DType,
-    elements: usize,
-) -> SquareSum {
-    let base = grad as *mut u8;
-    // SAFETY: by the contract above; only read.
-    let values = unsafe {
-        match dtype {
-            DType::Bf16 => NormIn::Bf16(run_of(base, 0, elements)),
-            DType::F32 | DType::U32 => NormIn::F32(run_of(base, 0, elements)),
-        }
-    };
-    square_sum(&optimizer.workers, values)
 }
 
 /// Puts parameters where they live, cast from their masters.

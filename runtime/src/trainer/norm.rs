@@ -1,0 +1,148 @@
+//! What the norm of the whole gradient decides: the clip factor, whether the step counts, and whether what
+//! was updated before it stands.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use forebay_kernels::cpu::AdamW;
+use forebay_prefetch::{GradHome, SectionId, TaskId, TaskKind, TaskRef, Tier};
+
+use super::engine::{Ending, Engine};
+use super::update::StepScalars;
+use crate::error::Result;
+use crate::queue::Seq;
+
+/// A step whose early updates are being undone.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Undoing {
+    /// The task that ends with it.
+    norm: TaskRef,
+    since: Instant,
+    /// Once all of them have come through: the last piece of work that makes good for those in pinned memory.
+    last: Option<Seq>,
+}
+
+impl Engine {
+    /// All sums are known.
+    pub(super) fn norm(&mut self, task: TaskRef) -> Result<()> {
+        let Some(ending) = self.open[(task.step % 2) as usize].ending else {
+            // The trainer may discard the step yet.
+            self.held = Some(task);
+            return Ok(());
+        };
+        // In the order of the sections, so that the bits do not depend on that of completions.
+        let sections = (0..self.model.sections.len() as u32).map(SectionId);
+        let sum: f64 = sections.map(|section| self.places.sum(section)).sum();
+        let norm = sum.sqrt();
+        self.last_norm = norm;
+        let scale = match self.clip {
+            Some(clip) => (clip / (norm + 1e-6)).min(1.0),
+            None => 1.0,
+        };
+        let counts = norm.is_finite() && ending == Ending::Apply;
+        let scalars = if counts {
+            self.applied += 1;
+            self.scalars(task.step, self.applied, scale)
+        } else {
+            self.skipped += u64::from(ending == Ending::Apply);
+            StepScalars::unchanged()
+        };
+        self.open[(task.step % 2) as usize].scalars = Some(scalars);
+        // Early updates counted on a step like this one.
+        let stands = counts && scale == 1.0;
+        self.ahead.decided(stands);
+        if stands || !(self.ahead.any() || self.any_passing()) {
+            self.done(task);
+            return Ok(());
+        }
+        self.undoing = Some(Undoing {
+            norm: task,
+            since: Instant::now(),
+            last: None,
+        });
+        self.undo_if_ready()
+    }
+
+    /// Whether sections are updated from disk before the norm. Without clipping, that is.
+    fn any_passing(&self) -> bool {
+        let mut sections = (0..self.model.sections.len() as u32).map(SectionId);
+        sections.any(|s| self.placement.grad_home(s) == GradHome::Passing)
+    }
+
+    fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
+        let lr = self.open[(step % 2) as usize].lr;
+        let plain = AdamW {
+            weight_decay: 0.0,
+            ..self.adam
+        };
+        StepScalars {
+            decayed: self.adam.at(applied, lr, scale),
+            plain: plain.at(applied, lr, scale),
+        }
+    }
+
+    /// What the updates of a step use. Before the norm the step counts as one that will be applied, and not
+    /// clipped.
+    pub(super) fn step_scalars(&self, step: u64) -> StepScalars {
+        let known = self.open[(step % 2) as usize].scalars;
+        known.unwrap_or_else(|| self.scalars(step, self.applied + 1, 1.0))
+    }
+
+    /// Once the early updates of a step that is to be undone have all come through: what they overwrote is
+    /// brought back and updated as the norm says; on disk the old extents are made current again, and the
+    /// parameters derived from them.
+    pub(super) fn undo_if_ready(&mut self) -> Result<()> {
+        let Some(undoing) = self.undoing else {
+            return Ok(());
+        };
+        if let Some(last) = undoing.last {
+            return match self.lane_reached(last)? {
+                true => self.undone(undoing),
+                false => Ok(()),
+            };
+        }
+        if self.ahead.running() || self.passing_under_way(undoing.norm.step) {
+            return Ok(());
+        }
+        if self.holding {
+            self.store.rollback();
+            self.holding = false;
+        }
+        for section in (0..self.model.sections.len() as u32).map(SectionId) {
+            let on_disk = self.placement.param_home(section) == Tier::Disk;
+            if self.placement.grad_home(section) == GradHome::Passing && !on_disk {
+                self.derive_param(section)?;
+            }
+        }
+        match self.again() {
+            None => self.undone(undoing),
+            last => {
+                self.undoing = Some(Undoing { last, ..undoing });
+                Ok(())
+            }
+        }
+    }
+
+    fn undone(&mut self, undoing: Undoing) -> Result<()> {
+        self.undoing = None;
+        self.ahead.undone(undoing.since.elapsed());
+        self.done(undoing.norm);
+        Ok(())
+    }
+
+    /// Whether updates from disk that run before the norm are not through.
+    fn passing_under_way(&self, step: u64) -> bool {
+        let plan = Arc::clone(self.scheduler().plan());
+        let passing = |s: SectionId| self.placement.grad_home(s) == GradHome::Passing;
+        (0..).map(TaskId).zip(plan.tasks()).any(|(id, task)| {
+            let early = match task.kind {
+                TaskKind::Update(s, _)
+                | TaskKind::WriteOptim(s, _)
+                | TaskKind::WriteParam(s)
+                | TaskKind::PushParam(s) => passing(s),
+                _ => false,
+            };
+            early && !self.scheduler().is_done(TaskRef { step, id })
+        })
+    }
+}
