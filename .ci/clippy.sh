@@ -4,5 +4,3 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo clippy --workspace --all-targets -- -D warnings
 cargo clippy -p forebay-nvme --all-targets --all-features -- -D warnings
-# The library does without what only the command lines need.
-cargo clippy -p forebay --lib --no-default-features -- -D warnings

@@ -1,4 +1,5 @@
-//! The command lines as a user runs them, and the files that they leave.
+//! The command lines as a user runs them, and the files that they leave. Shared by the tests of `train` and of
+//! the `forebay` command, which another package makes.
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ pub(crate) fn train() -> Command {
         let mut cargo = Command::new(env!("CARGO"));
         let release = (!cfg!(debug_assertions)).then_some("--release");
         cargo
-            .args(["build", "-q", "--example", "train"])
+            .args(["build", "-q", "-p", "forebay", "--example", "train"])
             .args(release);
         let built = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status();
         assert!(built.unwrap().success());

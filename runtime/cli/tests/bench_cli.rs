@@ -2,6 +2,7 @@
 //! sense; wrong flags and a missing GPU are one line that says what to do.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../../tests/cli/mod.rs"]
 mod cli;
 
 use std::process::{Command, Output};

@@ -2,6 +2,7 @@
 //! and every way in which a store can be wrong, as one line that says what to do.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../../tests/cli/mod.rs"]
 mod cli;
 
 use std::path::{Path, PathBuf};

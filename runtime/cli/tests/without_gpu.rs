@@ -2,8 +2,9 @@
 //! device computes unless the GPU was demanded. What is missing is left out of the stub's folder.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../../tests/cli/mod.rs"]
 mod cli;
-#[path = "stub/harness.rs"]
+#[path = "../../../tests/stub/harness.rs"]
 #[allow(dead_code)]
 mod harness;
 

@@ -1,6 +1,9 @@
-//! The `forebay` command.
+//! The `forebay` command: its subcommands, one file each.
 
-mod cli;
+mod bench;
+mod doctor;
+mod inspect;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -11,10 +14,10 @@ use clap::Parser;
 #[command(name = "forebay", version)]
 enum Command {
     #[command(subcommand)]
-    Bench(cli::bench::Bench),
-    Doctor(cli::doctor::Doctor),
-    Inspect(cli::inspect::Inspect),
-    Snapshot(cli::snapshot::Snapshot),
+    Bench(bench::Bench),
+    Doctor(doctor::Doctor),
+    Inspect(inspect::Inspect),
+    Snapshot(snapshot::Snapshot),
 }
 
 fn main() -> ExitCode {
