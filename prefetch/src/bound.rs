@@ -74,6 +74,8 @@ pub struct Traffic {
     pub disk_write: u64,
     /// Elements updated, on the CPU and on the device.
     pub updated: u64,
+    /// Those of them that the CPU updates.
+    pub updated_by_cpu: u64,
 }
 
 impl Traffic {
@@ -95,7 +97,11 @@ impl Traffic {
             d2h: sum(Lane::D2h),
             disk_read: sum(Lane::DiskRead),
             disk_write: sum(Lane::DiskWrite),
-            updated: updates.map(|t| t.amount).sum(),
+            updated: updates.clone().map(|t| t.amount).sum(),
+            updated_by_cpu: updates
+                .filter(|t| t.lane == Lane::Cpu)
+                .map(|t| t.amount)
+                .sum(),
         }
     }
 }

@@ -79,17 +79,21 @@ pub fn run(plan: &Plan) -> Result<Report> {
     if plan.elements > 0 {
         adam(false);
     }
-    let alone = |streams| timed(&mut || Ok(adam(streams)));
-    let streams = plan.elements > 0 && alone(true)? < alone(false)?;
+    let alone = |streams| {
+        let start = Instant::now();
+        adam(streams);
+        start.elapsed().as_secs_f64()
+    };
+    let streams = plan.elements > 0 && alone(true) < alone(false);
     for _ in 0..plan.rounds.max(1) {
-        run.copies.push(timed(&mut || link.copy(bytes, &|| ()))?);
+        run.copies.push(link.copy(bytes, &|| ())?);
         if plan.elements == 0 {
             run.adam.push(0.0);
             run.together.push(run.copies[run.copies.len() - 1]);
             continue;
         }
-        run.adam.push(scale * alone(streams)?);
-        let both = timed(&mut || link.copy(scaled, &|| adam(streams)))?;
+        run.adam.push(scale * alone(streams));
+        let both = link.copy(scaled, &|| adam(streams))?;
         run.together.push(scale * both);
     }
     let most = run.together.iter().copied().fold(0.0, f64::max);
@@ -110,12 +114,6 @@ struct Measured {
     together: Vec<f64>,
 }
 
-fn timed(work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
-    let start = Instant::now();
-    work()?;
-    Ok(start.elapsed().as_secs_f64())
-}
-
 fn failed(error: CudaError) -> Error {
     Error::Measure {
         what: "bare copies",
@@ -130,13 +128,15 @@ enum Link {
 }
 
 impl Link {
-    /// Copies so many bytes to the device and from it, while this thread does something else.
-    fn copy(&self, bytes: [u64; 2], meanwhile: &dyn Fn()) -> Result<()> {
+    /// Copies so many bytes to the device and from it, while this thread does something else; the seconds
+    /// until both are done.
+    fn copy(&self, bytes: [u64; 2], meanwhile: &dyn Fn()) -> Result<f64> {
+        let start = Instant::now();
         match self {
             Self::Gpu(gpu) => {
                 gpu.queue(bytes).map_err(failed)?;
                 meanwhile();
-                gpu.wait().map_err(failed)
+                gpu.wait().map_err(failed)?;
             }
             Self::Memory => {
                 std::thread::scope(|scope| {
@@ -145,9 +145,9 @@ impl Link {
                     }
                     meanwhile();
                 });
-                Ok(())
             }
         }
+        Ok(start.elapsed().as_secs_f64())
     }
 }
 

@@ -4,6 +4,7 @@ mod adam;
 mod kernels;
 mod nvme;
 mod pcie;
+mod step;
 
 use forebay::nvme::bench::Interval;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -16,6 +17,7 @@ pub(crate) enum Bench {
     Kernels(kernels::Kernels),
     Nvme(nvme::Nvme),
     Pcie(pcie::Pcie),
+    Step(step::Step),
 }
 
 impl Bench {
@@ -25,6 +27,7 @@ impl Bench {
             Self::Kernels(kernels) => kernels.run(),
             Self::Nvme(nvme) => nvme.run(),
             Self::Pcie(pcie) => pcie.run(),
+            Self::Step(step) => step.run(),
         }
     }
 }
