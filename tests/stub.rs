@@ -184,7 +184,7 @@ fn in_every_order_that_events_allow_every_placement_gives_the_same_bits() {
                 assert_eq!(got, reference, "{what}");
                 // Rows of the embedding, where it lives in pinned memory.
                 let gathers = matches!(placement, Policy::Auto | Policy::Pinned);
-                let gathered = stub.count("host memory in a kernel", false) > 0;
+                let gathered = stub.count("host memory read by a kernel", false) > 0;
                 assert_eq!(gathered, gathers, "{what}");
                 assert_eq!(stub.held(), [0; 2], "{what}");
                 assert_eq!(stub.number("violations"), 0, "{what}");

@@ -60,8 +60,11 @@ pub struct PlaceOptions {
     pub scratch_bytes: u64,
     /// Pinned memory that is not slabs of states.
     pub pinned_fixed_bytes: u64,
-    /// Whether updates in pinned memory may run before the norm, where there is room to undo them.
-    pub ahead: bool,
+    /// Pinned memory in which an update of the largest part logs what it overwrites, so that it may run before
+    /// the norm; 0 if none may.
+    pub undo_log_bytes: u64,
+    /// What it needs more where new parameters take the gradient's place.
+    pub undo_grad_bytes: u64,
 }
 
 impl Default for PlaceOptions {
@@ -74,7 +77,8 @@ impl Default for PlaceOptions {
             partitions: 1,
             scratch_bytes: 0,
             pinned_fixed_bytes: 0,
-            ahead: true,
+            undo_log_bytes: 0,
+            undo_grad_bytes: 0,
         }
     }
 }
@@ -109,8 +113,6 @@ pub struct Placement {
     optim_stage: u64,
     /// Slabs for what updates before the norm overwrite.
     undo: u64,
-    /// Of a parameter, and of a gradient.
-    element_bytes: u64,
     options: PlaceOptions,
 }
 
@@ -175,10 +177,6 @@ impl Placement {
         let parts = model.sections.iter().map(|s| parts(s.elements, options));
         let saves = |s: &StageSpec| s.saves.map(|_| Tier::Pinned);
         let count = model.sections.len();
-        let element = model
-            .sections
-            .iter()
-            .map(|s| s.param_bytes.div_ceil(s.elements));
         let mut placement = Self {
             param_stage: vec![0; classes.len()],
             grad_stage: vec![0; classes.len()],
@@ -196,7 +194,6 @@ impl Placement {
             act_slots: u64::from(model.stages.iter().any(|s| s.saves.is_some())),
             optim_stage: 1,
             undo: 0,
-            element_bytes: element.max().unwrap_or(0),
             options: *options,
             classes,
         };
@@ -387,16 +384,18 @@ impl Placement {
         Ok(())
     }
 
-    /// Room to undo updates that run before the norm, from what is left. They run for as long as the backward
-    /// pass takes, two thirds of a step's compute; where updates take longer than that, fewer are needed.
+    /// Room to undo updates that run before the norm, from what is left, for at most half of the model: they
+    /// run for as long as the backward pass takes, and where the CPU has more to update, it is slower than that.
     fn keep_undo(&mut self, budget: u64) {
         let stays = |section: usize| self.grad_home[section] == GradHome::Slab;
         let sections = self.parts.iter().enumerate().filter(|(s, _)| stays(*s));
         let parts = sections.flat_map(|(_, parts)| parts);
         let may = parts.filter(|p| p.home == Tier::Pinned).count() as u64;
+        let all = self.parts.iter().flatten().count() as u64;
         let left = budget.saturating_sub(self.pinned_bytes());
-        if self.options.ahead && may > 0 {
-            self.undo = may.div_ceil(2).min(left / self.undo_slab_bytes());
+        if self.options.undo_log_bytes > 0 && may > 0 {
+            let room = left / self.undo_slab_bytes();
+            self.undo = may.min(all.div_ceil(2)).min(room);
         }
     }
 

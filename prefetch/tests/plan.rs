@@ -141,14 +141,12 @@ fn after_the_norm_a_step_is_near_its_own_bound() {
 fn where_the_optimizer_binds_updates_run_ahead_of_the_norm() {
     let model = decoder(24, MIB, 64 << 10, true, MIB);
     let step = |ahead: bool, room: u64| {
-        let options = PlaceOptions {
-            ahead,
-            ..options(Policy::Pinned, 2, Timing::AfterNorm)
-        };
+        let options = options(Policy::Pinned, 2, Timing::AfterNorm);
         let without = PlaceOptions {
-            ahead: false,
+            undo_log_bytes: 0,
             ..options
         };
+        let options = if ahead { options } else { without };
         let most = place(&model, ALL, &without).unwrap();
         let budgets = Budgets {
             pinned_bytes: most.pinned_bytes() + room,
@@ -180,7 +178,7 @@ fn where_the_optimizer_binds_updates_run_ahead_of_the_norm() {
     let (ahead, _) = step(true, 64 * MIB);
     assert!((2.22..2.32).contains(&ahead), "{ahead}");
     // With room for a few only, something is gained.
-    let (some, _) = step(true, 4 * MIB);
+    let (some, _) = step(true, 2 * MIB);
     assert!(some < alone - 0.05 && some > ahead + 0.05, "{some}");
 }
 

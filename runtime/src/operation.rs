@@ -337,12 +337,11 @@ impl Launch {
         self.slices().0.iter().chain(self.slices().1)
     }
 
-    /// Whether all that it touches may be touched: outputs in the device's memory, inputs there or where
-    /// `also` says.
+    /// Whether all that it touches may be touched: it lies in the device's memory, or where `also` says.
     pub(crate) fn lies_in(&self, memory: Span, also: impl Fn(Span) -> bool) -> bool {
         let (inputs, outputs) = self.slices();
-        let readable = |view: &View| memory.contains(view.span()) || also(view.span());
-        inputs.iter().all(readable) && outputs.iter().all(|view| memory.contains(view.span()))
+        let lies = |view: &View| memory.contains(view.span()) || also(view.span());
+        inputs.iter().chain(outputs).all(lies)
     }
 
     /// The output that it can set, if that is exactly this place.

@@ -10,7 +10,7 @@ mod workers;
 
 pub use adam::{
     AdamScalars, AdamW, Exchange, Kept, States, adam_traffic, adamw, adamw_ahead, adamw_parallel,
-    adamw_undo,
+    adamw_rest, adamw_undo, log_bytes,
 };
 pub use cast::{bf16_to_f32, f32_to_bf16, round_to_bf16};
 pub use isa::Isa;

@@ -1,6 +1,6 @@
 //! What a placement takes of each tier, and its pools of buffers.
 
-use super::{GradHome, Placement};
+use super::{GradHome, PlaceOptions, Placement};
 use crate::model::Tier;
 use crate::plan::{Pool, PoolKind};
 
@@ -85,11 +85,18 @@ impl Placement {
             .unwrap_or(0)
     }
 
-    /// Bytes of a slab for what an update overwrites: the states of the largest part and, where new
-    /// parameters take the gradient's place, its gradient.
+    /// Bytes of a slab for what an update overwrites.
     pub fn undo_slab_bytes(&self) -> u64 {
-        let element = 12 + self.element_bytes;
-        (self.optim_stage_bytes() / 12 * element).next_multiple_of(PINNED_ALIGN)
+        let homes = self.grad_home.iter().zip(&self.param_home);
+        let mut slabs = homes.filter(|(grad, _)| **grad == GradHome::Slab);
+        let in_place = slabs.any(|(_, param)| *param != Tier::Pinned);
+        let PlaceOptions {
+            undo_log_bytes,
+            undo_grad_bytes,
+            ..
+        } = self.options;
+        let grad = if in_place { undo_grad_bytes } else { 0 };
+        (undo_log_bytes + grad).next_multiple_of(PINNED_ALIGN)
     }
 
     /// Bytes of optimizer states that do not live on disk: what a generation writes.

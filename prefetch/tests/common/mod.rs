@@ -93,6 +93,8 @@ pub(crate) fn options(policy: Policy, lookahead: u32, timing: Timing) -> PlaceOp
         lookahead,
         timing,
         chunk_elements: 1 << 16,
+        undo_log_bytes: 4 << 16,
+        undo_grad_bytes: 4 << 16,
         ..Default::default()
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! While the backward pass goes on, the optimizer's threads have nothing that is certain to do: the norm of
 //! the whole gradient, and with it the clip factor, is known only at the end. But clipping is rare in most
-//! of a training run. So sections whose gradients are whole are updated as if there were none, and what
-//! that overwrites is kept until the norm is known. If it says otherwise, the old states are brought back and
-//! updated anew: the bits are those of a run that waited.
+//! of a training run. So sections whose gradients are whole are updated as if there were none, with a log of
+//! what that overwrites. If the norm then says otherwise, the old states are brought back and updated anew: the
+//! bits are those of a run that waited.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use forebay_prefetch::{SectionId, TaskKind, TaskRef};
 use super::dry::Pass;
 use super::engine::{Engine, Sign};
 use super::options::Ahead;
-use super::update::Work;
+use super::update::{PartPlace, StepScalars, Work};
 use crate::queue::Seq;
 
 /// An update that ran, or runs, before the norm of its step.
@@ -25,10 +25,9 @@ struct Begun {
     task: TaskRef,
     section: SectionId,
     part: u32,
+    scalars: StepScalars,
     kept: Slab,
     done: bool,
-    /// The norm let it stand: what was kept is not needed.
-    stands: bool,
 }
 
 /// See the module.
@@ -61,48 +60,39 @@ impl RunAhead {
         Arc::clone(&self.clock)
     }
 
-    /// Whether anything is to be made good for.
     pub(super) fn any(&self) -> bool {
-        self.begun.iter().any(|begun| !begun.stands)
+        !self.begun.is_empty()
     }
 
-    /// Whether something of that is still at work.
+    /// Whether something of it is still at work.
     pub(super) fn running(&self) -> bool {
-        self.begun.iter().any(|begun| !begun.stands && !begun.done)
+        self.begun.iter().any(|begun| !begun.done)
     }
 
     /// A task is complete.
     pub(super) fn done(&mut self, task: TaskRef) {
         if let Some(begun) = self.begun.iter_mut().find(|begun| begun.task == task) {
             begun.done = true;
-            self.release();
         }
     }
 
     /// The norm of the step is known: whether what ran ahead of it stands.
     pub(super) fn decided(&mut self, stands: bool) {
-        let ahead = self.any();
-        self.steps += u64::from(ahead);
-        self.undone += u64::from(ahead && !stands);
-        let elements = self.clock.ahead_elements.swap(0, Ordering::Relaxed);
+        self.steps += u64::from(self.any());
+        self.undone += u64::from(self.any() && !stands);
+        let elements = self.clock.ahead_elements.load(Ordering::Relaxed);
         self.judge.saw(stands, self.clock.late_seconds(elements));
-        if stands {
-            self.begun.iter_mut().for_each(|begun| begun.stands = true);
-            self.release();
-        }
     }
 
-    /// All is made good for, in this time.
-    pub(super) fn undone(&mut self, took: Duration) {
-        self.judge.lost = took.as_secs_f64();
-        self.begun.iter_mut().for_each(|begun| begun.stands = true);
-        self.release();
-    }
-
-    fn release(&mut self) {
-        while let Some(over) = self.begun.iter().position(|b| b.done && b.stands) {
-            self.free.push(self.begun.swap_remove(over).kept);
+    /// All of it is as the norm says, after this time.
+    pub(super) fn over(&mut self, stood: bool, took: Duration) {
+        if !stood && self.any() {
+            self.judge.lost = took.as_secs_f64();
         }
+        self.free
+            .extend(self.begun.drain(..).map(|begun| begun.kept));
+        self.clock.ahead_elements.store(0, Ordering::Relaxed);
+        self.clock.left.store(0, Ordering::Relaxed);
     }
 
     fn wanted(&self) -> bool {
@@ -120,11 +110,14 @@ impl RunAhead {
 pub(super) struct Clock {
     late_elements: AtomicU64,
     late_ns: AtomicU64,
+    /// Of the step whose norm is to come.
     ahead_elements: AtomicU64,
+    /// Pieces of those that are still to be updated.
+    left: AtomicU64,
 }
 
 impl Clock {
-    pub(super) fn add(&self, work: Work, elements: usize, took: Duration) {
+    pub(super) fn add(&self, work: Work, elements: usize, left: usize, took: Duration) {
         let elements = elements as u64;
         match work {
             Work::Update => {
@@ -132,8 +125,11 @@ impl Clock {
                 self.late_elements.fetch_add(elements, Ordering::Relaxed);
                 self.late_ns.fetch_add(ns, Ordering::Relaxed);
             }
-            Work::Ahead => drop(self.ahead_elements.fetch_add(elements, Ordering::Relaxed)),
-            Work::Again => {}
+            Work::Ahead => {
+                self.ahead_elements.fetch_add(elements, Ordering::Relaxed);
+                self.left.fetch_add(left as u64, Ordering::Relaxed);
+            }
+            Work::Rest | Work::Again(_) => {}
         }
     }
 
@@ -185,52 +181,62 @@ impl Engine {
     /// whether one was started.
     pub(super) fn run_ahead(&mut self) -> bool {
         let mut any = false;
-        let may = self.pass == Pass::Train && self.undoing.is_none();
+        let may = self.pass == Pass::Train && self.resolving.is_none();
         while may && self.ahead.wanted() {
             let Some(task) = self.scheduler_mut().next_ahead() else {
                 break;
             };
             any = true;
-            let plan = Arc::clone(self.scheduler().plan());
-            let spec = plan.task(task.id);
-            let TaskKind::Update(section, part) = spec.kind else {
+            let kind = self.scheduler().plan().task(task.id).kind;
+            let TaskKind::Update(section, part) = kind else {
                 unreachable!("only updates wait for the norm with what they need");
             };
             let kept = self.ahead.free.pop().expect("one is free");
-            let mut place = self.part_place(task, spec, section, part);
-            place.kept = Some(kept.address());
+            let place = self.place_ahead(task, section, part, &kept);
+            let scalars = self.step_scalars(task.step);
             self.ahead.begun.push(Begun {
                 task,
                 section,
                 part,
+                scalars,
                 kept,
                 done: false,
-                stands: false,
             });
-            let scalars = self.step_scalars(task.step);
             let seq = self.queue_update(section, Work::Ahead, place, scalars);
             self.fly(task, Sign::Cpu(seq));
         }
         any
     }
 
-    /// Takes back what ran ahead and updates it as the norm says, in the order in which the next forward pass
-    /// needs it; the last piece of that work.
-    pub(super) fn again(&mut self) -> Option<Seq> {
-        let plan = Arc::clone(self.scheduler().plan());
+    fn place_ahead(&self, task: TaskRef, section: SectionId, part: u32, kept: &Slab) -> PartPlace {
+        let spec = self.scheduler().plan().task(task.id);
+        let mut place = self.part_place(task, spec, section, part);
+        // The gradient at the end, from the start of a line of the caches.
+        let grad = (kept.len() - place.elements * place.dtype.bytes()) & !63;
+        place.kept = Some((kept.address(), kept.address().wrapping_add(grad)));
+        place
+    }
+
+    /// What ran ahead, done with as the norm says, in the order in which the next forward pass needs it: if it
+    /// stands, what it left over is updated, and else it is taken back and updated anew. The last piece of
+    /// that work.
+    pub(super) fn make_good(&mut self, stands: bool) -> Option<Seq> {
+        if stands && self.ahead.clock.left.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
         let mut last = None;
         self.ahead.begun.sort_by_key(|begun| begun.task);
         for index in 0..self.ahead.begun.len() {
             let begun = &self.ahead.begun[index];
-            if begun.stands {
-                continue;
-            }
-            let (task, section, part) = (begun.task, begun.section, begun.part);
-            let kept = begun.kept.address();
-            let mut place = self.part_place(task, plan.task(task.id), section, part);
-            place.kept = Some(kept);
+            let (task, section, before) = (begun.task, begun.section, begun.scalars);
+            let place = self.place_ahead(task, section, begun.part, &begun.kept);
+            let work = if stands {
+                Work::Rest
+            } else {
+                Work::Again(before)
+            };
             let scalars = self.step_scalars(task.step);
-            last = Some(self.queue_update(section, Work::Again, place, scalars));
+            last = Some(self.queue_update(section, work, place, scalars));
         }
         last
     }

@@ -14,7 +14,7 @@ use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, Ta
 
 use super::ahead::RunAhead;
 use super::dry::Pass;
-use super::norm::Undoing;
+use super::norm::Resolving;
 use super::options::Publish;
 use super::places::{Places, SlabPlace};
 use super::telemetry::Telemetry;
@@ -111,7 +111,7 @@ pub(crate) struct Engine {
     pub(super) last_norm: f64,
     pub(super) skipped: u64,
     pub(super) holding: bool,
-    pub(super) undoing: Option<Undoing>,
+    pub(super) resolving: Option<Resolving>,
     /// The norm of a step that the trainer has not ended yet.
     pub(super) held: Option<TaskRef>,
     pub(super) stage: Option<(StageId, TaskRef)>,
@@ -163,7 +163,7 @@ impl Engine {
             last_norm: 0.0,
             skipped: 0,
             holding: false,
-            undoing: None,
+            resolving: None,
             held: None,
             stage: None,
             loss: None,
@@ -296,7 +296,7 @@ impl Engine {
             done.result?;
             self.done(task);
         }
-        self.undo_if_ready()?;
+        self.resolve_if_ready()?;
         while self.store.can_start() {
             let Some(task) = self.scheduler_mut().next() else {
                 break;

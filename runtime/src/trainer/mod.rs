@@ -125,7 +125,7 @@ impl Trainer {
         model.validate()?;
         let order_model = model.order();
         let budgets = budgets(options)?;
-        let placement = place(&order_model, footprint, options, budgets)?;
+        let placement = place(&model, &order_model, footprint, options, budgets)?;
         let train = Arc::new(Plan::training(&order_model, &placement)?);
         let model = Arc::new(model);
         // Before anything is made that would be left behind.
@@ -309,7 +309,7 @@ pub fn requirements(
         device_bytes: options.device_budget.unwrap_or(most),
         pinned_bytes: options.pinned_budget.unwrap_or(most),
     };
-    let placement = place(&order_model, footprint, options, budgets)?;
+    let placement = place(model, &order_model, footprint, options, budgets)?;
     Ok(order::Budgets {
         device_bytes: placement.device_bytes(),
         pinned_bytes: placement.pinned_bytes(),
@@ -347,13 +347,22 @@ fn budgets(options: &Options) -> Result<order::Budgets> {
 }
 
 fn place(
-    model: &order::Model,
+    model: &Model,
+    order_model: &order::Model,
     footprint: Footprint,
     options: &Options,
     budgets: order::Budgets,
 ) -> Result<Placement> {
-    let elements = || model.sections.iter().map(|s| s.elements);
+    let elements = || order_model.sections.iter().map(|s| s.elements);
     let largest = elements().max().unwrap_or(0);
+    let chunk = options
+        .optimizer_chunk
+        .unwrap_or_else(|| chunk(elements().sum()))
+        .min(largest);
+    let (undo_log_bytes, undo_grad_bytes) = match options.ahead {
+        Ahead::Never => (0, 0),
+        Ahead::Auto | Ahead::Always => update::undo_room(model, chunk),
+    };
     let place_options = order::PlaceOptions {
         policy: options.placement,
         lookahead: options.lookahead,
@@ -362,16 +371,14 @@ fn place(
         } else {
             Timing::Immediate
         },
-        chunk_elements: options
-            .optimizer_chunk
-            .unwrap_or_else(|| chunk(elements().sum()))
-            .min(largest),
+        chunk_elements: chunk,
         partitions: options.partitions,
         scratch_bytes: places::device_fixed_bytes(footprint),
         pinned_fixed_bytes: places::fixed_bytes(footprint, model.sections.len()),
-        ahead: options.ahead != Ahead::Never,
+        undo_log_bytes,
+        undo_grad_bytes,
     };
-    Ok(order::place(model, budgets, &place_options)?)
+    Ok(order::place(order_model, budgets, &place_options)?)
 }
 
 /// Elements of a part, from the model alone, so that a store opens under any budget: large enough

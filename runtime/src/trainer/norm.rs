@@ -12,13 +12,15 @@ use super::update::StepScalars;
 use crate::error::Result;
 use crate::queue::Seq;
 
-/// A step whose early updates are being undone.
+/// A step that ran ahead of its norm, which is known now.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Undoing {
+pub(super) struct Resolving {
     /// The task that ends with it.
     norm: TaskRef,
+    /// Whether what ran ahead was right to.
+    stands: bool,
     since: Instant,
-    /// Once all of them have come through: the last piece of work that makes good for those in pinned memory.
+    /// Once all of it has come through: the last piece of work that makes good for what is in pinned memory.
     last: Option<Seq>,
 }
 
@@ -51,16 +53,17 @@ impl Engine {
         // Early updates counted on a step like this one.
         let stands = counts && scale == 1.0;
         self.ahead.decided(stands);
-        if stands || !(self.ahead.any() || self.any_passing()) {
+        if !self.ahead.any() && (stands || !self.any_passing()) {
             self.done(task);
             return Ok(());
         }
-        self.undoing = Some(Undoing {
+        self.resolving = Some(Resolving {
             norm: task,
+            stands,
             since: Instant::now(),
             last: None,
         });
-        self.undo_if_ready()
+        self.resolve_if_ready()
     }
 
     /// Whether sections are updated from disk before the norm. Without clipping, that is.
@@ -88,22 +91,36 @@ impl Engine {
         known.unwrap_or_else(|| self.scalars(step, self.applied + 1, 1.0))
     }
 
-    /// Once the early updates of a step that is to be undone have all come through: what they overwrote is
-    /// brought back and updated as the norm says; on disk the old extents are made current again, and the
-    /// parameters derived from them.
-    pub(super) fn undo_if_ready(&mut self) -> Result<()> {
-        let Some(undoing) = self.undoing else {
+    /// Once what ran ahead of the norm has come through: what it left over is updated. If it does not stand, what
+    /// it overwrote is brought back and updated as the norm says; on disk the old extents are made current
+    /// again, and the parameters derived from them.
+    pub(super) fn resolve_if_ready(&mut self) -> Result<()> {
+        let Some(resolving) = self.resolving else {
             return Ok(());
         };
-        if let Some(last) = undoing.last {
+        if let Some(last) = resolving.last {
             return match self.lane_reached(last)? {
-                true => self.undone(undoing),
+                true => self.resolved(resolving),
                 false => Ok(()),
             };
         }
-        if self.ahead.running() || self.passing_under_way(undoing.norm.step) {
+        let step = resolving.norm.step;
+        if self.ahead.running() || !resolving.stands && self.passing_under_way(step) {
             return Ok(());
         }
+        if !resolving.stands {
+            self.roll_back()?;
+        }
+        match self.make_good(resolving.stands) {
+            None => self.resolved(resolving),
+            last => {
+                self.resolving = Some(Resolving { last, ..resolving });
+                Ok(())
+            }
+        }
+    }
+
+    fn roll_back(&mut self) -> Result<()> {
         if self.holding {
             self.store.rollback();
             self.holding = false;
@@ -114,19 +131,13 @@ impl Engine {
                 self.derive_param(section)?;
             }
         }
-        match self.again() {
-            None => self.undone(undoing),
-            last => {
-                self.undoing = Some(Undoing { last, ..undoing });
-                Ok(())
-            }
-        }
+        Ok(())
     }
 
-    fn undone(&mut self, undoing: Undoing) -> Result<()> {
-        self.undoing = None;
-        self.ahead.undone(undoing.since.elapsed());
-        self.done(undoing.norm);
+    fn resolved(&mut self, resolving: Resolving) -> Result<()> {
+        self.resolving = None;
+        self.ahead.over(resolving.stands, resolving.since.elapsed());
+        self.done(resolving.norm);
         Ok(())
     }
 

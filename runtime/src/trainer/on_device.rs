@@ -129,20 +129,18 @@ impl Engine {
         };
         let dtype = self.model.dtype;
         let values = view(gradient, dtype, spec.amount as usize);
-        let sums = self.places.sums;
-        let words = view(sums.address, DType::U32, SQUARE_SUMS / 4);
+        // Straight into the host's memory: a copy would queue behind those of whole gradients.
+        let address = self.device.mapped(self.places.sums_target(section));
+        let address = address.expect("the arena was made known to the device");
+        let words = view(address, DType::U32, SQUARE_SUMS / 4);
         let launch = Launch::new(
             SquareSum(dtype),
             &[Tensor::new(values)],
             &[TensorMut::new(words)],
         )?;
-        let target = self.places.sums_target(section);
-        // SAFETY: the place is the gradient's until it has left; the sums of one section are on their way before those
-        // of the next are made, in one stream; the target is this section's own.
-        unsafe {
-            self.device.launch(launch);
-            self.device.copy_out(Stream::Compute, sums, target);
-        }
+        // SAFETY: the place is the gradient's until it has left, and the sums' is this section's own: it is read
+        // after the event.
+        unsafe { self.device.launch(launch) };
         let event = self.device.newest(Stream::Compute);
         self.fly(task, Sign::Device(event));
         self.scheduler_mut().issued(task);

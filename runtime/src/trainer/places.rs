@@ -24,9 +24,9 @@ pub(super) fn fixed_bytes(footprint: Footprint, sections: usize) -> u64 {
     2 * page(footprint.input_bytes) + READ_BYTES + SMALL_BYTES + page(sums_bytes(sections))
 }
 
-/// Device memory that is not slots: scratch, and the sums of one section.
+/// Device memory that is not slots: scratch.
 pub(super) fn device_fixed_bytes(footprint: Footprint) -> u64 {
-    footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN) + SQUARE_SUMS as u64
+    footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN)
 }
 
 fn sums_bytes(sections: usize) -> u64 {
@@ -60,10 +60,8 @@ pub(super) struct Places {
     pub(super) read: Slab,
     pub(super) small: Slab,
     pub(super) scratch: Span,
-    /// On the device: the pieces of a section's sum of squares.
-    pub(super) sums: Span,
-    /// The same of each section, as they came from there.
-    sums_here: Slab,
+    /// The pieces of each section's sum of squares.
+    sums: Slab,
 }
 
 impl Places {
@@ -121,8 +119,8 @@ impl Places {
         });
         let input = || arena.lease(footprint.input_bytes);
         // Sections without gradients add nothing.
-        let mut sums_here = arena.lease(sums_bytes(order.sections.len()))?;
-        sums_here.fill(0);
+        let mut sums = arena.lease(sums_bytes(order.sections.len()))?;
+        sums.fill(0);
         Ok(Self {
             acts: acts.collect::<Result<_, _>>()?,
             inputs: [input()?, input()?],
@@ -132,11 +130,7 @@ impl Places {
                 address: slot(footprint.scratch_bytes),
                 bytes: footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN),
             },
-            sums: Span {
-                address: slot(SQUARE_SUMS as u64),
-                bytes: SQUARE_SUMS as u64,
-            },
-            sums_here,
+            sums,
             states,
             grads_here,
             slots,
@@ -161,16 +155,16 @@ impl Places {
         self.grads_here[section.0 as usize]
     }
 
-    /// Where the pieces of a section's sum of squares go to.
+    /// Where the pieces of a section's sum of squares go.
     pub(super) fn sums_target(&self, section: SectionId) -> *mut u8 {
         let offset = section.0 as usize * SQUARE_SUMS;
-        self.sums_here[offset..][..SQUARE_SUMS].as_ptr().cast_mut()
+        self.sums[offset..][..SQUARE_SUMS].as_ptr().cast_mut()
     }
 
     /// The pieces that came, added in order.
     pub(super) fn sum(&self, section: SectionId) -> f64 {
         let offset = section.0 as usize * SQUARE_SUMS;
-        let pieces: &[f64] = bytemuck::cast_slice(&self.sums_here[offset..][..SQUARE_SUMS]);
+        let pieces: &[f64] = bytemuck::cast_slice(&self.sums[offset..][..SQUARE_SUMS]);
         pieces.iter().sum()
     }
 

@@ -195,8 +195,8 @@ impl Engine {
             let start = Instant::now();
             // SAFETY: states, gradient, parameters and what is kept belong to this update until it is
             // done: the scheduler starts nothing that reads the parameters, or writes any of them, before.
-            unsafe { update::work(&optimizer, work, &scalars, &runs, place) };
-            clock.add(work, place.elements, start.elapsed());
+            let left = unsafe { update::work(&optimizer, work, &scalars, &runs, place) };
+            clock.add(work, place.elements, left, start.elapsed());
             Ok(())
         })
     }

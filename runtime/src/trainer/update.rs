@@ -8,11 +8,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_kernels::cpu::{
-    AdamScalars, Exchange, Isa, Kept, States, Workers, adamw_ahead, adamw_parallel, adamw_undo,
-    f32_to_bf16,
+    AdamScalars, Exchange, Isa, Kept, States, Workers, adamw_ahead, adamw_parallel, adamw_rest,
+    adamw_undo, f32_to_bf16, log_bytes,
 };
 
-use crate::model::Section;
+use crate::model::{Model, Section};
 use crate::tensor::DType;
 
 /// A run of elements of a section that weight decay treats alike.
@@ -63,8 +63,8 @@ pub(super) struct PartPlace {
     pub(super) grad: *mut u8,
     /// The section's parameters if they have a slab of their own.
     pub(super) param: Option<*mut u8>,
-    /// Where what an update overwrites is kept: `[master | m | v | gradient]` of the part.
-    pub(super) kept: Option<*mut u8>,
+    /// Where an update logs what it overwrites, and keeps a gradient that it replaces.
+    pub(super) kept: Option<(*mut u8, *mut u8)>,
     /// The type of gradient and parameters.
     pub(super) dtype: DType,
     /// First element of the part in the section.
@@ -117,15 +117,29 @@ impl Run {
     }
 }
 
+/// Pinned memory in which an update of so many elements logs what it overwrites, and what it needs more for a
+/// gradient that it replaces.
+pub(super) fn undo_room(model: &Model, elements: u64) -> (u64, u64) {
+    // Parts begin and end at multiples of this.
+    let elements = elements.next_multiple_of(64);
+    // Each run has a log of its own.
+    let most = model.sections.iter().map(|s| runs(s).len()).max();
+    let log = log_bytes(elements as usize) + most.unwrap_or(0) * log_bytes(1);
+    (log as u64, elements * model.dtype.bytes() as u64)
+}
+
 /// What is done to a part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Work {
     /// Its update.
     Update,
     /// Its update before the norm is known: what is overwritten goes to [`PartPlace::kept`].
     Ahead,
-    /// That is taken back (parameters with a slab of their own stay as they are), and the update made anew.
-    Again,
+    /// What that left over.
+    Rest,
+    /// What it did, with these scalars, is taken back (parameters with a slab of their own stay as they are), and
+    /// the update made anew.
+    Again(StepScalars),
 }
 
 impl Work {
@@ -133,12 +147,13 @@ impl Work {
         match self {
             Self::Update => "update",
             Self::Ahead => "update ahead",
-            Self::Again => "update again",
+            Self::Rest => "rest of an update",
+            Self::Again(_) => "update again",
         }
     }
 }
 
-/// Works on one part.
+/// Works on one part; how many pieces an update ahead left over.
 ///
 /// # Safety
 /// The place is mapped for its elements, and nobody else touches it until this returns.
@@ -148,28 +163,34 @@ pub(super) unsafe fn work(
     scalars: &StepScalars,
     runs: &[Run],
     place: PartPlace,
-) {
+) -> usize {
     let (workers, isa) = (&optimizer.workers, optimizer.isa);
-    if work == Work::Update && place.param.is_some() && scalars.is_unchanged() {
+    if matches!(work, Work::Update) && place.param.is_some() && scalars.is_unchanged() {
         // The parameters are what their masters are cast to already.
-        return;
+        return 0;
     }
+    let mut left = 0;
     let each =
         |run: &Run, mut states: States<'_>, mut exchange: Exchange<'_>, kept: Option<Kept<'_>>| {
             let scalars = scalars.of(run);
             match (work, kept) {
                 (Work::Ahead, Some(kept)) => {
-                    return adamw_ahead(workers, isa, scalars, states, exchange, kept);
+                    left += adamw_ahead(workers, isa, scalars, states, exchange, kept);
                 }
-                (Work::Again, Some(kept)) => {
-                    adamw_undo(workers, states.reborrow(), exchange.reborrow(), kept);
+                (Work::Rest, Some(kept)) => {
+                    adamw_rest(workers, isa, scalars, states, exchange, kept);
                 }
-                _ => {}
+                (Work::Again(before), Some(kept)) => {
+                    let (old, e) = (states.reborrow(), exchange.reborrow());
+                    adamw_undo(workers, isa, before.of(run), old, e, kept);
+                    adamw_parallel(workers, isa, scalars, states, exchange);
+                }
+                _ => adamw_parallel(workers, isa, scalars, states, exchange),
             }
-            adamw_parallel(workers, isa, scalars, states, exchange);
         };
     // SAFETY: by the caller's contract.
     unsafe { each_run(runs, place, each) };
+    left
 }
 
 /// Calls `f` with each run of a part: its states, gradient and parameter, and the room to keep them.
@@ -182,6 +203,7 @@ unsafe fn each_run(
     mut f: impl FnMut(&Run, States<'_>, Exchange<'_>, Option<Kept<'_>>),
 ) {
     let part = place.first..place.first + place.elements;
+    let mut logged = 0;
     for run in runs {
         let Some(shared) = run.within(&part) else {
             continue;
@@ -216,16 +238,13 @@ unsafe fn each_run(
                 (_, None) => Exchange::InPlaceF32(run_of(place.grad, start, len)),
             };
             let in_place = if place.param.is_none() { bytes } else { 0 };
-            let kept = place.kept.map(|kept| Kept {
-                states: states(kept.cast()),
-                grad: run_of(
-                    kept.add(12 * place.elements),
-                    in_place * inside,
-                    in_place * len,
-                ),
+            let kept = place.kept.map(|(log, grad)| Kept {
+                log: run_of(log, logged, log_bytes(len)),
+                grad: run_of(grad, in_place * inside, in_place * len),
             });
             (states(place.states), exchange, kept)
         };
+        logged += log_bytes(len);
         f(run, states, exchange, kept);
     }
 }

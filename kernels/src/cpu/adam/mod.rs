@@ -22,7 +22,7 @@ use super::isa::Isa;
 use super::shared::Shared;
 use super::workers::Workers;
 
-pub use ahead::{Kept, adamw_ahead, adamw_undo};
+pub use ahead::{Kept, adamw_ahead, adamw_rest, adamw_undo, log_bytes};
 pub use traffic::adam_traffic;
 
 /// Elements that one worker takes at a time: 28 bytes each, about a second-level cache.

@@ -92,12 +92,10 @@ impl Call<'_> {
         }
         let size = parameter.kind.bytes() as u64;
         let address = u64::from_le_bytes(word(bytes)) + first as u64 * size;
-        let mut state = machine().lock();
-        let there = state.memory.reachable(address, (n as u64 * size).max(1));
-        if memory::is_mapped(address) {
-            state.note("host memory in a kernel");
-        }
-        drop(state);
+        let there = machine()
+            .lock()
+            .memory
+            .reachable(address, (n as u64 * size).max(1));
         match there {
             _ if n == 0 => Ok((address, parameter.kind)),
             true => Ok((address, parameter.kind)),
@@ -111,6 +109,9 @@ impl Call<'_> {
     /// Elements in f32, whatever they are stored as.
     pub(super) fn floats(&self, name: &str, first: usize, n: usize) -> Result<Vec<f32>> {
         let (address, kind) = self.place(name, first, n)?;
+        if memory::is_mapped(address) {
+            machine().lock().note("host memory read by a kernel");
+        }
         let bytes = memory::read(address, (n * kind.bytes()) as u64);
         let (words, halves) = (bytes.as_chunks::<4>().0, bytes.as_chunks::<2>().0);
         match kind {
