@@ -258,6 +258,8 @@ pub(crate) struct Launch {
     /// The output that it can set, and whether it is to.
     sets: Option<u8>,
     fresh: bool,
+    /// Whether it may write memory that was pinned.
+    into_pinned: bool,
 }
 
 impl Launch {
@@ -322,6 +324,7 @@ impl Launch {
             as_is: operation.takes_as_is().map(|input| input as u8),
             sets: operation.sets().map(|output| output as u8),
             fresh: false,
+            into_pinned: false,
         };
         // SAFETY: size and alignment were checked above.
         unsafe { launch.payload.as_mut_ptr().cast::<O>().write(operation) };
@@ -337,11 +340,20 @@ impl Launch {
         self.slices().0.iter().chain(self.slices().1)
     }
 
-    /// Whether all that it touches may be touched: it lies in the device's memory, or where `also` says.
+    /// Lets it write memory that was pinned: for a few results, which the host waits for.
+    pub(crate) fn into_pinned(mut self) -> Self {
+        self.into_pinned = true;
+        self
+    }
+
+    /// Whether all that it touches may be touched: outputs in the device's memory, inputs there or where
+    /// `also` says.
     pub(crate) fn lies_in(&self, memory: Span, also: impl Fn(Span) -> bool) -> bool {
         let (inputs, outputs) = self.slices();
-        let lies = |view: &View| memory.contains(view.span()) || also(view.span());
-        inputs.iter().chain(outputs).all(lies)
+        let readable = |view: &View| memory.contains(view.span()) || also(view.span());
+        let writable =
+            |view: &View| memory.contains(view.span()) || self.into_pinned && also(view.span());
+        inputs.iter().all(readable) && outputs.iter().all(writable)
     }
 
     /// The output that it can set, if that is exactly this place.

@@ -16,6 +16,7 @@ use forebay_prefetch::{SectionId, TaskKind, TaskRef};
 use super::dry::Pass;
 use super::engine::{Engine, Sign};
 use super::options::Ahead;
+use super::report::AheadReport;
 use super::update::{PartPlace, StepScalars, Work};
 use crate::queue::Seq;
 
@@ -38,9 +39,7 @@ pub(super) struct RunAhead {
     begun: Vec<Begun>,
     clock: Arc<Clock>,
     judge: Judge,
-    /// Steps of which something ran ahead, and those of them that were undone.
-    pub(super) steps: u64,
-    pub(super) undone: u64,
+    pub(super) report: AheadReport,
 }
 
 impl RunAhead {
@@ -51,8 +50,7 @@ impl RunAhead {
             free: slabs,
             clock: Arc::default(),
             judge: Judge::default(),
-            steps: 0,
-            undone: 0,
+            report: AheadReport::default(),
         }
     }
 
@@ -78,8 +76,8 @@ impl RunAhead {
 
     /// The norm of the step is known: whether what ran ahead of it stands.
     pub(super) fn decided(&mut self, stands: bool) {
-        self.steps += u64::from(self.any());
-        self.undone += u64::from(self.any() && !stands);
+        self.report.steps += u64::from(self.any());
+        self.report.undone += u64::from(self.any() && !stands);
         let elements = self.clock.ahead_elements.load(Ordering::Relaxed);
         self.judge.saw(stands, self.clock.late_seconds(elements));
     }
@@ -91,8 +89,8 @@ impl RunAhead {
         }
         self.free
             .extend(self.begun.drain(..).map(|begun| begun.kept));
-        self.clock.ahead_elements.store(0, Ordering::Relaxed);
-        self.clock.left.store(0, Ordering::Relaxed);
+        self.report.elements += self.clock.ahead_elements.swap(0, Ordering::Relaxed);
+        self.report.left += self.clock.left.swap(0, Ordering::Relaxed);
     }
 
     fn wanted(&self) -> bool {

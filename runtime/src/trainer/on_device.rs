@@ -140,7 +140,7 @@ impl Engine {
         )?;
         // SAFETY: the place is the gradient's until it has left, and the sums' is this section's own: it is read
         // after the event.
-        unsafe { self.device.launch(launch) };
+        unsafe { self.device.launch(launch.into_pinned()) };
         let event = self.device.newest(Stream::Compute);
         self.fly(task, Sign::Device(event));
         self.scheduler_mut().issued(task);

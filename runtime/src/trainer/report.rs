@@ -162,6 +162,10 @@ pub struct AheadReport {
     pub steps: u64,
     /// Those of them that were undone.
     pub undone: u64,
+    /// Elements that were updated ahead, in all steps.
+    pub elements: u64,
+    /// Pieces of them (of 2048) whose log did not fit, and which waited for the norm after all.
+    pub left: u64,
 }
 
 impl AheadReport {
@@ -260,10 +264,7 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         ],
         steps: telemetry.steps,
         step_s: times.get(times.len() / 2).copied().unwrap_or(0.0),
-        ahead: AheadReport {
-            steps: engine.ahead.steps,
-            undone: engine.ahead.undone,
-        },
+        ahead: engine.ahead.report,
         traffic: Traffic::of(engine.plan()),
         stage_s: telemetry.stage_means(),
         disk_stats: stats,

@@ -260,15 +260,15 @@ impl Step {
                 .collect()
         };
         let count = self.batch as usize * seq;
-        let (ids, targets) = (ids(count, 0), ids(count, 1 << 32));
-        let batch = Batch {
-            ids: &ids,
-            targets: &targets,
-        };
         let time = |trainer: &mut Trainer, warm_up: u32, discard: bool| -> Result<f64> {
             let (mut seconds, mut start) = (Vec::new(), Instant::now());
             for index in 0..warm_up + self.steps {
-                let step = trainer.begin(1e-5)?;
+                let salt = u64::from(index) << 32;
+                let batch = Batch {
+                    ids: &ids(count, salt),
+                    targets: &ids(count, salt | 1 << 31),
+                };
+                let step = trainer.begin(1e-4)?;
                 decoder.train_step(&step, &batch)?;
                 if discard {
                     step.discard()?;
@@ -364,9 +364,15 @@ impl Step {
             Bytes(pinned.budget_bytes)
         );
         let ahead = ours.report.ahead;
+        let all = (updated * ours.report.steps).max(1) as f64;
         println!(
-            "updates ran ahead of the gradient's norm in {} of {} steps, {} of them undone",
-            ahead.steps, ours.report.steps, ahead.undone
+            "ahead of the gradient's norm in {} of {} steps, {} of them undone: {:.1} % of the CPU's updates, \
+             {:.1} % of the log too short",
+            ahead.steps,
+            ours.report.steps,
+            ahead.undone,
+            100.0 * ahead.elements as f64 / all,
+            100.0 * (2048 * ahead.left) as f64 / (ahead.elements as f64).max(1.0)
         );
     }
 }
@@ -381,6 +387,8 @@ fn object(found: &Found) -> serde_json::Value {
             "pinned_peak_bytes": pinned.peak_bytes,
             "ahead_steps": reached.report.ahead.steps,
             "undone_steps": reached.report.ahead.undone,
+            "ahead_elements": reached.report.ahead.elements,
+            "ahead_left_over": reached.report.ahead.left,
             "steps": reached.report.steps,
         })
     };
