@@ -384,18 +384,15 @@ impl Placement {
         Ok(())
     }
 
-    /// Room to undo updates that run before the norm, from what is left, for at most half of the model: they
-    /// run for as long as the backward pass takes, and where the CPU has more to update, it is slower than that.
+    /// Room to undo updates that run before the norm, from what is left.
     fn keep_undo(&mut self, budget: u64) {
         let stays = |section: usize| self.grad_home[section] == GradHome::Slab;
         let sections = self.parts.iter().enumerate().filter(|(s, _)| stays(*s));
         let parts = sections.flat_map(|(_, parts)| parts);
         let may = parts.filter(|p| p.home == Tier::Pinned).count() as u64;
-        let all = self.parts.iter().flatten().count() as u64;
         let left = budget.saturating_sub(self.pinned_bytes());
         if self.options.undo_log_bytes > 0 && may > 0 {
-            let room = left / self.undo_slab_bytes();
-            self.undo = may.min(all.div_ceil(2)).min(room);
+            self.undo = may.min(left / self.undo_slab_bytes());
         }
     }
 

@@ -15,7 +15,7 @@ use crate::cpu::shared::Shared;
 use crate::cpu::workers::Workers;
 
 /// Elements that are logged together: while they are at work, the log is in the first-level cache.
-const UNIT: usize = 2048;
+const UNIT: usize = 1024;
 /// Elements whose old values are written out together: a line of the caches of each state.
 const BLOCK: usize = 16;
 const LINE: usize = 64;
@@ -65,9 +65,9 @@ pub fn adamw_ahead(
     kept: Kept<'_>,
 ) -> usize {
     let left = AtomicUsize::new(0);
-    units(workers, isa, states, exchange, kept, &|unit| {
+    units(workers, isa, states, exchange, kept, &|unit, room| {
         // SAFETY: units do not overlap, and the machine runs it (checked).
-        let whole = unsafe { unit.ahead(isa, scalars) };
+        let whole = unsafe { unit.ahead(isa, scalars, room) };
         left.fetch_add(usize::from(!whole), Ordering::Relaxed);
     });
     left.into_inner()
@@ -85,7 +85,7 @@ pub fn adamw_rest(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    units(workers, isa, states, exchange, kept, &|unit| {
+    units(workers, isa, states, exchange, kept, &|unit, _| {
         if !unit.whole() {
             // SAFETY: units do not overlap, and the machine runs it (checked).
             unsafe { unit.all.update(isa, scalars, unit.start, unit.end) };
@@ -106,10 +106,10 @@ pub fn adamw_undo(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    units(workers, isa, states, exchange, kept, &|unit| {
+    units(workers, isa, states, exchange, kept, &|unit, room| {
         if unit.whole() {
             // SAFETY: units do not overlap, and the machine runs it (checked).
-            unsafe { unit.undo(isa, scalars) };
+            unsafe { unit.undo(isa, scalars, room) };
         }
     });
 }
@@ -121,7 +121,7 @@ fn units(
     states: States<'_>,
     exchange: Exchange<'_>,
     kept: Kept<'_>,
-    f: &(dyn Fn(Unit<'_, '_>) + Sync),
+    f: &(dyn Fn(Unit<'_, '_>, &mut Room) + Sync),
 ) {
     assert!(isa.runs_here(), "this machine cannot run {isa:?}");
     let len = states.master.len();
@@ -135,6 +135,7 @@ fn units(
     let (log, grad) = (Shared::new(kept.log), Shared::new(kept.grad));
     workers.run(len.div_ceil(CHUNK), &|chunk, _| {
         let end = ((chunk + 1) * CHUNK).min(len);
+        let mut room = Room::new();
         for start in (chunk * CHUNK..end).step_by(UNIT) {
             let (end, index) = ((start + UNIT).min(end), start / UNIT);
             // SAFETY: units do not overlap, nor do their logs.
@@ -144,13 +145,14 @@ fn units(
                     grad.piece(start * bytes..end * bytes),
                 )
             };
-            f(Unit {
+            let unit = Unit {
                 all: &all,
                 start,
                 end,
                 log,
                 grad,
-            });
+            };
+            f(unit, &mut room);
         }
     });
 }
@@ -167,9 +169,29 @@ struct Unit<'u, 'a> {
 
 type Triple<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
 
-/// On the stack, and so in the caches.
+/// What a worker needs for a unit, on its stack and so in its caches.
 #[repr(align(64))]
-struct Near<T, const N: usize>([T; N]);
+struct Room {
+    log: [u8; UNIT_LOG],
+    /// The states before: master, first and second moment.
+    old: [[f32; UNIT]; 3],
+    grad: [f32; UNIT],
+    quotient: [f32; UNIT],
+    /// Elements whose distance does not fit into a byte.
+    far: [u8; UNIT],
+}
+
+impl Room {
+    fn new() -> Self {
+        Self {
+            log: [0; UNIT_LOG],
+            old: [[0.0; UNIT]; 3],
+            grad: [0.0; UNIT],
+            quotient: [0.0; UNIT],
+            far: [0; UNIT],
+        }
+    }
+}
 
 impl<'u> Unit<'u, '_> {
     fn whole(&self) -> bool {
@@ -195,13 +217,11 @@ impl<'u> Unit<'u, '_> {
     ///
     /// # Safety
     /// Its elements are in no other piece alive, and this machine runs `isa`.
-    unsafe fn ahead(self, isa: Isa, scalars: &AdamScalars) -> bool {
+    unsafe fn ahead(self, isa: Isa, scalars: &AdamScalars, room: &mut Room) -> bool {
         let range = self.start..self.end;
-        let mut log = Near([0; UNIT_LOG]);
         // SAFETY: disjoint by the contract above.
         let used = unsafe {
             let states = self.states();
-            let log = &mut log.0;
             match &self.all.sides {
                 Sides::F32(grad, param) => run_ahead(
                     isa,
@@ -209,7 +229,7 @@ impl<'u> Unit<'u, '_> {
                     states,
                     &grad[range.clone()],
                     param.piece(range),
-                    log,
+                    room,
                 ),
                 Sides::Bf16(grad, param) => run_ahead(
                     isa,
@@ -217,7 +237,7 @@ impl<'u> Unit<'u, '_> {
                     states,
                     &grad[range.clone()],
                     param.piece(range),
-                    log,
+                    room,
                 ),
                 Sides::F32ToBf16(grad, param) => run_ahead(
                     isa,
@@ -225,7 +245,7 @@ impl<'u> Unit<'u, '_> {
                     states,
                     &grad[range.clone()],
                     param.piece(range),
-                    log,
+                    room,
                 ),
                 Sides::Bf16ToF32(grad, param) => run_ahead(
                     isa,
@@ -233,23 +253,26 @@ impl<'u> Unit<'u, '_> {
                     states,
                     &grad[range.clone()],
                     param.piece(range),
-                    log,
+                    room,
                 ),
                 Sides::InPlaceF32(both) => {
-                    in_place(isa, scalars, states, both.piece(range), log, self.grad)
+                    in_place(isa, scalars, states, both.piece(range), self.grad, room)
                 }
                 Sides::InPlaceBf16(both) => {
-                    in_place(isa, scalars, states, both.piece(range), log, self.grad)
+                    in_place(isa, scalars, states, both.piece(range), self.grad, room)
                 }
             }
         };
-        past_caches(&mut self.log[..used.unwrap_or(LINE)], &log.0);
+        if used.is_none() {
+            room.log[0] = 0;
+        }
+        past_caches(&mut self.log[..used.unwrap_or(LINE)], &room.log);
         used.is_some()
     }
 
     /// # Safety
     /// As for [`Unit::ahead`].
-    unsafe fn undo(self, isa: Isa, scalars: &AdamScalars) {
+    unsafe fn undo(self, isa: Isa, scalars: &AdamScalars, room: &mut Room) {
         let range = self.start..self.end;
         let log: &[u8] = self.log;
         // SAFETY: disjoint by the contract above.
@@ -257,20 +280,20 @@ impl<'u> Unit<'u, '_> {
             let states = self.states();
             match &self.all.sides {
                 Sides::F32(grad, _) | Sides::F32ToBf16(grad, _) => {
-                    run_undo(isa, scalars, states, &grad[range], log);
+                    run_undo(isa, scalars, states, &grad[range], log, room);
                 }
                 Sides::Bf16(grad, _) | Sides::Bf16ToF32(grad, _) => {
-                    run_undo(isa, scalars, states, &grad[range], log);
+                    run_undo(isa, scalars, states, &grad[range], log, room);
                 }
                 Sides::InPlaceF32(both) => {
                     let both = both.piece(range);
                     bytemuck::cast_slice_mut(both).copy_from_slice(self.grad);
-                    run_undo(isa, scalars, states, both, log);
+                    run_undo(isa, scalars, states, both, log, room);
                 }
                 Sides::InPlaceBf16(both) => {
                     let both = both.piece(range);
                     bytemuck::cast_slice_mut(both).copy_from_slice(self.grad);
-                    run_undo(isa, scalars, states, both, log);
+                    run_undo(isa, scalars, states, both, log, room);
                 }
             }
         }
@@ -284,14 +307,14 @@ unsafe fn in_place<T: Value + bytemuck::Pod>(
     scalars: &AdamScalars,
     states: Triple<'_>,
     both: &mut [T],
-    log: &mut [u8; UNIT_LOG],
     kept: &mut [u8],
+    room: &mut Room,
 ) -> Option<usize> {
-    let mut grad = Near([T::zeroed(); UNIT]);
-    let grad = &mut grad.0[..both.len()];
+    let mut grad = [T::zeroed(); UNIT];
+    let grad = &mut grad[..both.len()];
     grad.copy_from_slice(both);
     // SAFETY: by the contract above.
-    let used = unsafe { run_ahead(isa, scalars, states, grad, both, log) };
+    let used = unsafe { run_ahead(isa, scalars, states, grad, both, room) };
     match used {
         Some(_) => past_caches(kept, bytemuck::cast_slice(grad)),
         None => both.copy_from_slice(grad),
@@ -299,207 +322,169 @@ unsafe fn in_place<T: Value + bytemuck::Pod>(
     used
 }
 
-/// What leads back from new values to old ones, up to rounding.
-struct Back {
-    inverse_beta1: f32,
-    inverse_beta2: f32,
-    inverse_keep: f32,
+/// The inverse of [`element`], nearly, and the same on every path: each state before, from what it is now.
+struct Back<'s> {
+    s: &'s AdamScalars,
+    by_keep: f32,
+    by_beta1: f32,
+    by_beta2: f32,
 }
 
-impl Back {
-    fn new(s: &AdamScalars) -> Self {
+impl<'s> Back<'s> {
+    fn new(s: &'s AdamScalars) -> Self {
         Self {
-            inverse_beta1: 1.0 / s.beta1,
-            inverse_beta2: 1.0 / s.beta2,
-            inverse_keep: 1.0 / s.keep,
+            s,
+            by_keep: 1.0 / s.keep,
+            by_beta1: 1.0 / s.beta1,
+            by_beta2: 1.0 / s.beta2,
         }
     }
 
-    /// The inverse of [`element`], nearly; the same on every path.
+    /// What moved the master: from the moments after it.
     #[inline(always)]
-    fn estimate(&self, s: &AdamScalars, grad: f32, p: f32, m: f32, v: f32) -> [f32; 3] {
-        let g = grad * s.grad_scale;
-        let denominator = v.sqrt().mul_add(s.root_correction, s.eps);
-        let before = (-s.minus_rate).mul_add(m / denominator, p);
-        [
-            before * self.inverse_keep,
-            (m - s.one_minus_beta1 * g) * self.inverse_beta1,
-            (v - (s.one_minus_beta2 * g) * g) * self.inverse_beta2,
-        ]
+    fn quotient(&self, m: f32, v: f32) -> f32 {
+        m / v.sqrt().mul_add(self.s.root_correction, self.s.eps)
     }
-}
 
-/// Of master, first and second moment.
-type Block = [[f32; BLOCK]; 3];
-
-/// Where the log of a unit is being written.
-struct Writer<'l> {
-    log: &'l mut [u8; UNIT_LOG],
-    block: usize,
-    out: usize,
-}
-
-impl Writer<'_> {
-    /// Updates a block and logs what it was; `None` if that does not fit.
     #[inline(always)]
-    fn block(
-        &mut self,
-        s: &AdamScalars,
-        back: &Back,
-        old: &Block,
-        grad: &[f32; BLOCK],
-    ) -> Option<Block> {
-        let mut new = [[0.0; BLOCK]; 3];
-        let mut steps = [[0i32; BLOCK]; 3];
-        for k in 0..BLOCK {
-            let (p, m, v) = element(s, grad[k], old[0][k], old[1][k], old[2][k]);
-            let near = back.estimate(s, grad[k], p, m, v);
-            (new[0][k], new[1][k], new[2][k]) = (p, m, v);
-            for i in 0..3 {
-                steps[i][k] = (old[i][k].to_bits().wrapping_sub(near[i].to_bits())).cast_signed();
-            }
-        }
-        let mut mask = 0;
-        for i in 0..3 {
-            let far = steps[i]
-                .iter()
-                .fold(0, |far, step| far | (step.wrapping_add(128) & !0xff));
-            if far == 0 {
-                let at = STEPS + (3 * self.block + i) * BLOCK;
-                for (byte, step) in self.log[at..at + BLOCK].iter_mut().zip(&steps[i]) {
-                    *byte = *step as u8;
-                }
-                continue;
-            }
-            let room = self.log.get_mut(self.out..self.out + LINE)?;
-            room.copy_from_slice(bytemuck::cast_slice(&old[i]));
-            self.out += LINE;
-            mask |= 1 << i;
-        }
-        self.log[MASKS + self.block] = mask;
-        self.block += 1;
-        Some(new)
+    fn master(&self, p: f32, quotient: f32) -> f32 {
+        (-self.s.minus_rate).mul_add(quotient, p) * self.by_keep
     }
-}
 
-/// How a unit's log is read.
-struct Reader<'l> {
-    log: &'l [u8],
-    block: usize,
-    out: usize,
-}
-
-impl Reader<'_> {
-    /// The old values of a block.
     #[inline(always)]
-    fn block(&mut self, s: &AdamScalars, back: &Back, new: &Block, grad: &[f32; BLOCK]) -> Block {
-        let mut old = [[0.0; BLOCK]; 3];
-        let mask = self.log[MASKS + self.block];
-        for k in 0..BLOCK {
-            let near = back.estimate(s, grad[k], new[0][k], new[1][k], new[2][k]);
-            for i in 0..3 {
-                let step = self.log[STEPS + (3 * self.block + i) * BLOCK + k].cast_signed();
-                let bits = near[i]
-                    .to_bits()
-                    .wrapping_add(i32::from(step).cast_unsigned());
-                old[i][k] = f32::from_bits(bits);
-            }
-        }
-        for (i, old) in old.iter_mut().enumerate() {
-            if mask & (1 << i) != 0 {
-                let out = &self.log[self.out..self.out + LINE];
-                bytemuck::cast_slice_mut(old).copy_from_slice(out);
-                self.out += LINE;
-            }
-        }
-        self.block += 1;
-        old
+    fn first(&self, m: f32, grad: f32) -> f32 {
+        let g = grad * self.s.grad_scale;
+        (m - self.s.one_minus_beta1 * g) * self.by_beta1
+    }
+
+    #[inline(always)]
+    fn second(&self, v: f32, grad: f32) -> f32 {
+        let g = grad * self.s.grad_scale;
+        (v - (self.s.one_minus_beta2 * g) * g) * self.by_beta2
     }
 }
 
-/// A block of a unit; past its end are zeros.
+// What follows are simple loops, one after the other, over what is in the nearest caches: that is what
+// compilers make fast.
+
+/// Logs one of the three states, which was `old` and is `now`; `other` is what else `near` looks at. Whether
+/// there was room.
 #[inline(always)]
-fn load<G: Value>(states: &Triple<'_>, grad: &[G], start: usize) -> (Block, [f32; BLOCK]) {
-    let n = BLOCK.min(grad.len() - start);
-    let (mut block, mut g) = ([[0.0; BLOCK]; 3], [0.0; BLOCK]);
-    if n == BLOCK {
-        // The same with a length that is known.
-        for (to, from) in block.iter_mut().zip([&states.0, &states.1, &states.2]) {
-            to.copy_from_slice(&from[start..start + BLOCK]);
+fn log_state(
+    log: &mut [u8; UNIT_LOG],
+    out: &mut usize,
+    far: &mut [u8],
+    which: usize,
+    [old, now, other]: [&[f32]; 3],
+    near: impl Fn(f32, f32) -> f32,
+) -> bool {
+    let n = old.len();
+    let steps = &mut log[STEPS + which * UNIT..][..n];
+    let (now, other, far) = (&now[..n], &other[..n], &mut far[..n]);
+    for i in 0..n {
+        let near = near(now[i], other[i]).to_bits();
+        let step = old[i].to_bits().wrapping_sub(near).cast_signed();
+        steps[i] = step as u8;
+        far[i] = u8::from(step != i32::from(step as i8));
+    }
+    for (block, (far, old)) in far.chunks(BLOCK).zip(old.chunks(BLOCK)).enumerate() {
+        let any = match far.first_chunk() {
+            Some(all) => u128::from_ne_bytes(*all) != 0,
+            None => far.contains(&1),
+        };
+        if !any {
+            continue;
         }
-        for (to, from) in g.iter_mut().zip(&grad[start..start + BLOCK]) {
-            *to = from.get();
-        }
-        return (block, g);
+        let Some(room) = log.get_mut(*out..*out + LINE) else {
+            return false;
+        };
+        let bytes: &[u8] = bytemuck::cast_slice(old);
+        room[..bytes.len()].copy_from_slice(bytes);
+        *out += LINE;
+        log[MASKS + block] |= 1 << which;
     }
-    for (to, from) in block.iter_mut().zip([&states.0, &states.1, &states.2]) {
-        to[..n].copy_from_slice(&from[start..start + n]);
-    }
-    for (to, from) in g.iter_mut().zip(&grad[start..]) {
-        *to = from.get();
-    }
-    (block, g)
+    true
 }
 
+/// Brings back one of the three states.
 #[inline(always)]
-fn store(states: &mut Triple<'_>, start: usize, block: &Block) {
-    let n = BLOCK.min(states.0.len() - start);
-    let states = [&mut *states.0, &mut *states.1, &mut *states.2];
-    for (to, from) in states.into_iter().zip(block) {
-        if n == BLOCK {
-            to[start..start + BLOCK].copy_from_slice(from);
-        } else {
-            to[start..start + n].copy_from_slice(&from[..n]);
+fn read_state(
+    log: &[u8],
+    out: &mut usize,
+    which: usize,
+    now: &mut [f32],
+    other: &[f32],
+    near: impl Fn(f32, f32) -> f32,
+) {
+    let steps = &log[STEPS + which * UNIT..];
+    for ((now, other), step) in now.iter_mut().zip(other).zip(steps) {
+        let step = i32::from(step.cast_signed()).cast_unsigned();
+        *now = f32::from_bits(near(*now, *other).to_bits().wrapping_add(step));
+    }
+    for (block, now) in now.chunks_mut(BLOCK).enumerate() {
+        if log[MASKS + block] & (1 << which) != 0 {
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(now);
+            bytes.copy_from_slice(&log[*out..*out + bytes.len()]);
+            *out += LINE;
         }
     }
 }
 
 /// Updates a unit and writes its log: the bytes of it that are used, or `None` if they do not suffice. Then
-/// the states are as they were.
+/// the states are as they were; the parameter is not.
 #[inline(always)]
 fn ahead<G: Value, P: Value>(
     s: &AdamScalars,
-    mut states: Triple<'_>,
+    states: Triple<'_>,
     grad: &[G],
     param: &mut [P],
-    log: &mut [u8; UNIT_LOG],
+    room: &mut Room,
 ) -> Option<usize> {
-    let back = Back::new(s);
-    let mut writer = Writer {
-        log,
-        block: 0,
-        out: OUT,
-    };
-    for start in (0..grad.len()).step_by(BLOCK) {
-        let (old, g) = load(&states, grad, start);
-        let Some(new) = writer.block(s, &back, &old, &g) else {
-            let log = &*writer.log;
-            undo(s, states, &grad[..start], log);
-            return None;
-        };
-        store(&mut states, start, &new);
-        for (param, master) in param[start..].iter_mut().zip(&new[0]) {
-            *param = P::put(*master);
-        }
+    let (n, back) = (grad.len(), Back::new(s));
+    let [old_p, old_m, old_v] = room.old.each_mut().map(|old| &mut old[..n]);
+    let (g, q) = (&mut room.grad[..n], &mut room.quotient[..n]);
+    let (p, m, v) = (&mut states.0[..n], &mut states.1[..n], &mut states.2[..n]);
+    let param = &mut param[..n];
+    for i in 0..n {
+        (old_p[i], old_m[i], old_v[i], g[i]) = (p[i], m[i], v[i], grad[i].get());
+        (p[i], m[i], v[i]) = element(s, g[i], p[i], m[i], v[i]);
+        q[i] = back.quotient(m[i], v[i]);
+        param[i] = P::put(p[i]);
     }
-    writer.log[0] = WHOLE;
-    Some(writer.out)
+    let (log, far) = (&mut room.log, &mut room.far);
+    log[MASKS..STEPS].fill(0);
+    let mut out = OUT;
+    let whole = log_state(log, &mut out, far, 0, [old_p, p, q], |p, q| {
+        back.master(p, q)
+    }) && log_state(log, &mut out, far, 1, [old_m, m, g], |m, g| {
+        back.first(m, g)
+    }) && log_state(log, &mut out, far, 2, [old_v, v, g], |v, g| {
+        back.second(v, g)
+    });
+    if !whole {
+        p.copy_from_slice(old_p);
+        m.copy_from_slice(old_m);
+        v.copy_from_slice(old_v);
+        return None;
+    }
+    log[0] = WHOLE;
+    Some(out)
 }
 
-/// Brings back the states of as many elements as there are gradients.
+/// Brings back the states of a unit.
 #[inline(always)]
-fn undo<G: Value>(s: &AdamScalars, mut states: Triple<'_>, grad: &[G], log: &[u8]) {
-    let back = Back::new(s);
-    let mut reader = Reader {
-        log,
-        block: 0,
-        out: OUT,
-    };
-    for start in (0..grad.len()).step_by(BLOCK) {
-        let (new, g) = load(&states, grad, start);
-        let old = reader.block(s, &back, &new, &g);
-        store(&mut states, start, &old);
+fn undo<G: Value>(s: &AdamScalars, states: Triple<'_>, grad: &[G], log: &[u8], room: &mut Room) {
+    let (n, back) = (grad.len(), Back::new(s));
+    let (g, q) = (&mut room.grad[..n], &mut room.quotient[..n]);
+    let (p, m, v) = (&mut states.0[..n], &mut states.1[..n], &mut states.2[..n]);
+    for i in 0..n {
+        g[i] = grad[i].get();
+        q[i] = back.quotient(m[i], v[i]);
     }
+    let mut out = OUT;
+    read_state(log, &mut out, 0, p, q, |p, q| back.master(p, q));
+    read_state(log, &mut out, 1, m, g, |m, g| back.first(m, g));
+    read_state(log, &mut out, 2, v, g, |v, g| back.second(v, g));
 }
 
 macro_rules! path {
@@ -514,9 +499,9 @@ macro_rules! path {
                 states: Triple<'_>,
                 grad: &[G],
                 param: &mut [P],
-                log: &mut [u8; UNIT_LOG],
+                room: &mut Room,
             ) -> Option<usize> {
-                super::ahead(s, states, grad, param, log)
+                super::ahead(s, states, grad, param, room)
             }
 
             #[target_feature(enable = $features)]
@@ -525,8 +510,9 @@ macro_rules! path {
                 states: Triple<'_>,
                 grad: &[G],
                 log: &[u8],
+                room: &mut Room,
             ) {
-                super::undo(s, states, grad, log);
+                super::undo(s, states, grad, log, room);
             }
         }
     };
@@ -543,16 +529,16 @@ unsafe fn run_ahead<G: Value, P: Value>(
     states: Triple<'_>,
     grad: &[G],
     param: &mut [P],
-    log: &mut [u8; UNIT_LOG],
+    room: &mut Room,
 ) -> Option<usize> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
-        Isa::Avx2 => unsafe { avx2::ahead(s, states, grad, param, log) },
+        Isa::Avx2 => unsafe { avx2::ahead(s, states, grad, param, room) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
-        Isa::Avx512 => unsafe { avx512::ahead(s, states, grad, param, log) },
-        _ => ahead(s, states, grad, param, log),
+        Isa::Avx512 => unsafe { avx512::ahead(s, states, grad, param, room) },
+        _ => ahead(s, states, grad, param, room),
     }
 }
 
@@ -564,15 +550,16 @@ unsafe fn run_undo<G: Value>(
     states: Triple<'_>,
     grad: &[G],
     log: &[u8],
+    room: &mut Room,
 ) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
-        Isa::Avx2 => unsafe { avx2::undo(s, states, grad, log) },
+        Isa::Avx2 => unsafe { avx2::undo(s, states, grad, log, room) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
-        Isa::Avx512 => unsafe { avx512::undo(s, states, grad, log) },
-        _ => undo(s, states, grad, log),
+        Isa::Avx512 => unsafe { avx512::undo(s, states, grad, log, room) },
+        _ => undo(s, states, grad, log, room),
     }
 }
 
