@@ -3,7 +3,10 @@
 
 use std::time::Instant;
 
-use forebay_kernels::cpu::{AdamW, Exchange, Isa, States, Workers, adam_traffic, adamw_parallel};
+use forebay_kernels::cpu::{
+    AdamW, Exchange, Isa, Kept, States, Workers, adam_traffic, adamw_ahead, adamw_parallel,
+    log_bytes,
+};
 use forebay_pinned::Arena;
 
 use super::{Duel, Slice, duel};
@@ -27,6 +30,8 @@ pub struct Plan {
     pub threads: usize,
     /// Rounds of each size: three slices of at least 50 ms.
     pub rounds: u32,
+    /// Whether ours logs what it overwrites, as ahead of the norm.
+    pub ahead: bool,
 }
 
 /// What was found for one size.
@@ -74,9 +79,16 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     };
     for size in fit {
         progress(&format!("{size} parameters"));
-        let arena = Arena::new(ROOM * size + 5 * 4096)?;
+        let log = if plan.ahead {
+            log_bytes(size as usize) as u64
+        } else {
+            0
+        };
+        let arena = Arena::new(ROOM * size + log + 6 * 4096)?;
         report.memory = arena.lock().to_string();
         let mut memory = Memory::new(&arena, size)?;
+        let mut log = arena.lease(log)?;
+        log.fill(0);
         let mut bare = |streams| measure(size, |n| memory.bare(threads, streams, n));
         // Whichever way of writing is faster here is the ceiling.
         let rates = [false, true].map(|streams| {
@@ -92,7 +104,11 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
                     memory.borrow_mut().bare(threads, streams, n)
                 }))
             },
-            &mut || Ok(measure(size, |n| memory.borrow_mut().ours(&workers, n))),
+            &mut || {
+                Ok(measure(size, |n| {
+                    memory.borrow_mut().ours(&workers, &mut log, n);
+                }))
+            },
         )?;
         report.outcomes.push(Outcome {
             size,
@@ -142,7 +158,8 @@ impl Memory {
         })
     }
 
-    fn ours(&mut self, workers: &Workers, passes: u32) {
+    /// With a `log`, if that is not empty.
+    fn ours(&mut self, workers: &Workers, log: &mut [u8], passes: u32) {
         let adam = AdamW {
             lr: 1e-4,
             beta1: 0.9,
@@ -157,13 +174,16 @@ impl Memory {
                 grad: bytemuck::cast_slice(&self.grad),
                 param: bytemuck::cast_slice_mut(&mut self.param),
             };
-            adamw_parallel(
-                workers,
-                Isa::best(),
-                &adam.at(1, 1e-4, 1.0),
-                states,
-                exchange,
-            );
+            let (isa, scalars) = (Isa::best(), adam.at(100, 1e-4, 1.0));
+            if log.is_empty() {
+                adamw_parallel(workers, isa, &scalars, states, exchange);
+                continue;
+            }
+            let kept = Kept {
+                log: &mut *log,
+                grad: &mut [],
+            };
+            adamw_ahead(workers, isa, &scalars, states, exchange, kept);
         }
     }
 
@@ -209,6 +229,7 @@ mod tests {
             sizes: vec![100_000, u64::MAX / 64],
             threads: 2,
             rounds: 3,
+            ahead: true,
         };
         let report = run(&plan, &mut |_| {}).unwrap();
         assert_eq!((report.outcomes.len(), report.left_out.len()), (1, 1));
