@@ -9,23 +9,15 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::paths::{Value, fence};
-use super::{AdamScalars, CHUNK, Exchange, Pieces, Sides, States, element};
+use super::{AdamScalars, CHUNK, Exchange, Pieces, Sides, States};
 use crate::cpu::isa::Isa;
 use crate::cpu::shared::Shared;
 use crate::cpu::workers::Workers;
+use log::{LINE, Room, Triple, UNIT, UNIT_LOG, WHOLE};
 
-/// Elements that are logged together: while they are at work, the log is in the first-level cache.
-const UNIT: usize = 1024;
-/// Elements whose old values are written out together: a line of the caches of each state.
-const BLOCK: usize = 16;
-const LINE: usize = 64;
-/// Bytes of a unit's log: a line that says whether it was updated, for each block which states are written out,
-/// three bytes an element, and room for what is written out.
-const UNIT_LOG: usize = 4 * UNIT + 2 * LINE;
-const WHOLE: u8 = 1;
-const MASKS: usize = LINE;
-const STEPS: usize = MASKS + UNIT / BLOCK;
-const OUT: usize = STEPS + 3 * UNIT;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod log;
 
 /// Bytes of the log of an update of so many elements.
 pub const fn log_bytes(elements: usize) -> usize {
@@ -154,6 +146,8 @@ fn units(
             };
             f(unit, &mut room);
         }
+        // What went past the caches is there before the chunk counts as done.
+        fence();
     });
 }
 
@@ -165,32 +159,6 @@ struct Unit<'u, 'a> {
     log: &'u mut [u8],
     /// The bytes of the gradient, if the parameter takes its place.
     grad: &'u mut [u8],
-}
-
-type Triple<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
-
-/// What a worker needs for a unit, on its stack and so in its caches.
-#[repr(align(64))]
-struct Room {
-    log: [u8; UNIT_LOG],
-    /// The states before: master, first and second moment.
-    old: [[f32; UNIT]; 3],
-    grad: [f32; UNIT],
-    quotient: [f32; UNIT],
-    /// Elements whose distance does not fit into a byte.
-    far: [u8; UNIT],
-}
-
-impl Room {
-    fn new() -> Self {
-        Self {
-            log: [0; UNIT_LOG],
-            old: [[0.0; UNIT]; 3],
-            grad: [0.0; UNIT],
-            quotient: [0.0; UNIT],
-            far: [0; UNIT],
-        }
-    }
 }
 
 impl<'u> Unit<'u, '_> {
@@ -322,204 +290,29 @@ unsafe fn in_place<T: Value + bytemuck::Pod>(
     used
 }
 
-/// The inverse of [`element`], nearly, and the same on every path: each state before, from what it is now.
-struct Back<'s> {
-    s: &'s AdamScalars,
-    by_keep: f32,
-    by_beta1: f32,
-    by_beta2: f32,
-}
-
-impl<'s> Back<'s> {
-    fn new(s: &'s AdamScalars) -> Self {
-        Self {
-            s,
-            by_keep: 1.0 / s.keep,
-            by_beta1: 1.0 / s.beta1,
-            by_beta2: 1.0 / s.beta2,
-        }
-    }
-
-    /// What moved the master: from the moments after it.
-    #[inline(always)]
-    fn quotient(&self, m: f32, v: f32) -> f32 {
-        m / v.sqrt().mul_add(self.s.root_correction, self.s.eps)
-    }
-
-    #[inline(always)]
-    fn master(&self, p: f32, quotient: f32) -> f32 {
-        (-self.s.minus_rate).mul_add(quotient, p) * self.by_keep
-    }
-
-    #[inline(always)]
-    fn first(&self, m: f32, grad: f32) -> f32 {
-        let g = grad * self.s.grad_scale;
-        (m - self.s.one_minus_beta1 * g) * self.by_beta1
-    }
-
-    #[inline(always)]
-    fn second(&self, v: f32, grad: f32) -> f32 {
-        let g = grad * self.s.grad_scale;
-        (v - (self.s.one_minus_beta2 * g) * g) * self.by_beta2
-    }
-}
-
-// What follows are simple loops, one after the other, over what is in the nearest caches: that is what
-// compilers make fast.
-
-/// Logs one of the three states, which was `old` and is `now`; `other` is what else `near` looks at. Whether
-/// there was room.
-#[inline(always)]
-fn log_state(
-    log: &mut [u8; UNIT_LOG],
-    out: &mut usize,
-    far: &mut [u8],
-    which: usize,
-    [old, now, other]: [&[f32]; 3],
-    near: impl Fn(f32, f32) -> f32,
-) -> bool {
-    let n = old.len();
-    let steps = &mut log[STEPS + which * UNIT..][..n];
-    let (now, other, far) = (&now[..n], &other[..n], &mut far[..n]);
-    for i in 0..n {
-        let near = near(now[i], other[i]).to_bits();
-        let step = old[i].to_bits().wrapping_sub(near).cast_signed();
-        steps[i] = step as u8;
-        far[i] = u8::from(step != i32::from(step as i8));
-    }
-    for (block, (far, old)) in far.chunks(BLOCK).zip(old.chunks(BLOCK)).enumerate() {
-        let any = match far.first_chunk() {
-            Some(all) => u128::from_ne_bytes(*all) != 0,
-            None => far.contains(&1),
-        };
-        if !any {
-            continue;
-        }
-        let Some(room) = log.get_mut(*out..*out + LINE) else {
-            return false;
-        };
-        let bytes: &[u8] = bytemuck::cast_slice(old);
-        room[..bytes.len()].copy_from_slice(bytes);
-        *out += LINE;
-        log[MASKS + block] |= 1 << which;
-    }
-    true
-}
-
-/// Brings back one of the three states.
-#[inline(always)]
-fn read_state(
-    log: &[u8],
-    out: &mut usize,
-    which: usize,
-    now: &mut [f32],
-    other: &[f32],
-    near: impl Fn(f32, f32) -> f32,
-) {
-    let steps = &log[STEPS + which * UNIT..];
-    for ((now, other), step) in now.iter_mut().zip(other).zip(steps) {
-        let step = i32::from(step.cast_signed()).cast_unsigned();
-        *now = f32::from_bits(near(*now, *other).to_bits().wrapping_add(step));
-    }
-    for (block, now) in now.chunks_mut(BLOCK).enumerate() {
-        if log[MASKS + block] & (1 << which) != 0 {
-            let bytes: &mut [u8] = bytemuck::cast_slice_mut(now);
-            bytes.copy_from_slice(&log[*out..*out + bytes.len()]);
-            *out += LINE;
-        }
-    }
-}
-
-/// Updates a unit and writes its log: the bytes of it that are used, or `None` if they do not suffice. Then
-/// the states are as they were; the parameter is not.
-#[inline(always)]
-fn ahead<G: Value, P: Value>(
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn ahead_avx2<G: Value, P: Value>(
     s: &AdamScalars,
     states: Triple<'_>,
     grad: &[G],
     param: &mut [P],
     room: &mut Room,
 ) -> Option<usize> {
-    let (n, back) = (grad.len(), Back::new(s));
-    let [old_p, old_m, old_v] = room.old.each_mut().map(|old| &mut old[..n]);
-    let (g, q) = (&mut room.grad[..n], &mut room.quotient[..n]);
-    let (p, m, v) = (&mut states.0[..n], &mut states.1[..n], &mut states.2[..n]);
-    let param = &mut param[..n];
-    for i in 0..n {
-        (old_p[i], old_m[i], old_v[i], g[i]) = (p[i], m[i], v[i], grad[i].get());
-        (p[i], m[i], v[i]) = element(s, g[i], p[i], m[i], v[i]);
-        q[i] = back.quotient(m[i], v[i]);
-        param[i] = P::put(p[i]);
-    }
-    let (log, far) = (&mut room.log, &mut room.far);
-    log[MASKS..STEPS].fill(0);
-    let mut out = OUT;
-    let whole = log_state(log, &mut out, far, 0, [old_p, p, q], |p, q| {
-        back.master(p, q)
-    }) && log_state(log, &mut out, far, 1, [old_m, m, g], |m, g| {
-        back.first(m, g)
-    }) && log_state(log, &mut out, far, 2, [old_v, v, g], |v, g| {
-        back.second(v, g)
-    });
-    if !whole {
-        p.copy_from_slice(old_p);
-        m.copy_from_slice(old_m);
-        v.copy_from_slice(old_v);
-        return None;
-    }
-    log[0] = WHOLE;
-    Some(out)
+    log::ahead(s, states, grad, param, room)
 }
 
-/// Brings back the states of a unit.
-#[inline(always)]
-fn undo<G: Value>(s: &AdamScalars, states: Triple<'_>, grad: &[G], log: &[u8], room: &mut Room) {
-    let (n, back) = (grad.len(), Back::new(s));
-    let (g, q) = (&mut room.grad[..n], &mut room.quotient[..n]);
-    let (p, m, v) = (&mut states.0[..n], &mut states.1[..n], &mut states.2[..n]);
-    for i in 0..n {
-        g[i] = grad[i].get();
-        q[i] = back.quotient(m[i], v[i]);
-    }
-    let mut out = OUT;
-    read_state(log, &mut out, 0, p, q, |p, q| back.master(p, q));
-    read_state(log, &mut out, 1, m, g, |m, g| back.first(m, g));
-    read_state(log, &mut out, 2, v, g, |v, g| back.second(v, g));
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn undo_avx2<G: Value>(
+    s: &AdamScalars,
+    states: Triple<'_>,
+    grad: &[G],
+    log: &[u8],
+    room: &mut Room,
+) {
+    log::undo(s, states, grad, log, room.quotient());
 }
-
-macro_rules! path {
-    ($module:ident, $features:literal) => {
-        #[cfg(target_arch = "x86_64")]
-        mod $module {
-            use super::*;
-
-            #[target_feature(enable = $features)]
-            pub(super) fn ahead<G: Value, P: Value>(
-                s: &AdamScalars,
-                states: Triple<'_>,
-                grad: &[G],
-                param: &mut [P],
-                room: &mut Room,
-            ) -> Option<usize> {
-                super::ahead(s, states, grad, param, room)
-            }
-
-            #[target_feature(enable = $features)]
-            pub(super) fn undo<G: Value>(
-                s: &AdamScalars,
-                states: Triple<'_>,
-                grad: &[G],
-                log: &[u8],
-                room: &mut Room,
-            ) {
-                super::undo(s, states, grad, log, room);
-            }
-        }
-    };
-}
-
-path!(avx2, "avx2,fma");
-path!(avx512, "avx2,fma,avx512f");
 
 /// # Safety
 /// This machine runs `isa`.
@@ -534,11 +327,11 @@ unsafe fn run_ahead<G: Value, P: Value>(
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
-        Isa::Avx2 => unsafe { avx2::ahead(s, states, grad, param, room) },
+        Isa::Avx2 => unsafe { ahead_avx2(s, states, grad, param, room) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
         Isa::Avx512 => unsafe { avx512::ahead(s, states, grad, param, room) },
-        _ => ahead(s, states, grad, param, room),
+        _ => log::ahead(s, states, grad, param, room),
     }
 }
 
@@ -554,12 +347,9 @@ unsafe fn run_undo<G: Value>(
 ) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: by the contract above.
-        Isa::Avx2 => unsafe { avx2::undo(s, states, grad, log, room) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: by the contract above.
-        Isa::Avx512 => unsafe { avx512::undo(s, states, grad, log, room) },
-        _ => undo(s, states, grad, log, room),
+        // SAFETY: by the contract above; what has AVX-512 has AVX2.
+        Isa::Avx2 | Isa::Avx512 => unsafe { undo_avx2(s, states, grad, log, room) },
+        _ => log::undo(s, states, grad, log, room.quotient()),
     }
 }
 
@@ -576,7 +366,6 @@ fn past_caches(to: &mut [u8], from: &[u8]) {
         line_past_caches(to, from);
     }
     tail.copy_from_slice(from_tail);
-    fence();
 }
 
 #[cfg(target_arch = "x86_64")]
