@@ -194,6 +194,43 @@ fn updates_ahead_of_the_norm_give_the_bits_of_those_that_wait_whether_they_stand
 }
 
 #[test]
+fn gradients_of_micro_batches_add_up_to_the_same_bits_on_every_tier() {
+    for (dtype, clip) in [(DType::F32, Some(0.5)), (DType::Bf16, Some(1e9))] {
+        let run = |placement, lookahead, pieces: usize, ahead| {
+            let folder = tempfile::tempdir().unwrap();
+            let decoder = decoder_in(dtype).in_micro_batches(pieces).unwrap();
+            let mut options = options(folder.path());
+            (options.placement, options.lookahead) = (placement, lookahead);
+            (options.clip, options.ahead) = (clip, ahead);
+            let options = with_budgets(options, &decoder);
+            train(&mut create(&decoder, &options), &decoder, STEPS)
+        };
+        let reference = run(Policy::Resident, 2, 2, Ahead::Never);
+        for placement in POLICIES {
+            for lookahead in [0, 2] {
+                let losses = run(placement, lookahead, 2, Ahead::Always);
+                assert_eq!(losses, reference, "{placement:?}, look-ahead {lookahead}");
+            }
+        }
+        let whole = run(Policy::Resident, 2, 1, Ahead::Never);
+        for (a, b) in whole.iter().zip(&reference) {
+            let (a, b) = (f32::from_bits(*a), f32::from_bits(*b));
+            assert!((a - b).abs() < 0.02 * a, "{a} for {b}");
+        }
+    }
+    // That is what they are for.
+    let scratch = |pieces| {
+        let config = forebay_decoder::Config::preset("125m").unwrap();
+        let decoder = forebay_decoder::Decoder::new(config, 16, 512).unwrap();
+        let decoder = decoder.in_micro_batches(pieces).unwrap();
+        let footprint = decoder.footprint(forebay::Target::Cuda).unwrap();
+        footprint.scratch_bytes
+    };
+    let (whole, pieces) = (scratch(1), scratch(16));
+    assert!(3 * pieces < 2 * whole, "{pieces} bytes of {whole}");
+}
+
+#[test]
 fn a_discarded_step_changes_nothing_on_any_tier() {
     for (clip, dtype) in [(Some(0.5), DType::F32), (None, DType::Bf16)] {
         for placement in POLICIES {

@@ -47,11 +47,13 @@ struct Ours {
 }
 
 fn ours(config: &str, weights: &Tensors, ids: &[u32], targets: &[u32], seq: usize) -> Ours {
-    ours_in(DType::F32, config, weights, ids, targets, seq)
+    ours_in(DType::F32, 1, config, weights, ids, targets, seq)
 }
 
+/// In so many micro-batches.
 fn ours_in(
     dtype: DType,
+    pieces: usize,
     config: &str,
     weights: &Tensors,
     ids: &[u32],
@@ -61,6 +63,7 @@ fn ours_in(
     let folder = tempfile::tempdir().unwrap();
     let config = Config::parse(config).unwrap();
     let decoder = Decoder::compute_in(dtype, config, ids.len() / seq, seq).unwrap();
+    let decoder = decoder.in_micro_batches(pieces).unwrap();
     let mut options = Options::new([folder.path().to_owned()]);
     options.placement = Policy::Disk;
     options.threads = 2;
@@ -137,6 +140,7 @@ fn fresh_models_agree_with_torch_in_both_types() {
         assert!(error <= 1e-4, "{}: {name} differs by {error:.2e}", f.name);
         let low = ours_in(
             DType::Bf16,
+            1,
             &f.config,
             &f.weights,
             &f.ids,
@@ -238,6 +242,7 @@ fn in_bf16_they_agree_as_far_as_its_eight_bits_go() {
     for f in fixtures::all() {
         let ours = ours_in(
             DType::Bf16,
+            1,
             &f.config,
             &f.weights,
             &f.ids,
@@ -302,12 +307,17 @@ fn logits_loss_and_gradients_agree_with_the_oracle_on_fresh_models() {
         let (ids, targets): (Vec<u32>, Vec<u32>) = (draw(), draw());
         let mine = ours(&config.to_string(), &weights, &ids, &targets, seq);
         let truth = oracle::run(&shape, &weights, &ids, &targets, seq);
-        let (error, name) = farthest(&mine, &truth.logits, truth.loss, &truth.grads);
-        println!("{shape:?}: farthest is {name}, {error:.2e}");
-        assert!(
-            error <= TOLERANCE,
-            "{shape:?}: {name} differs by {error:.2e}"
-        );
+        // Gradients of micro-batches add up to those of the batch.
+        let config = config.to_string();
+        let pieces = ours_in(DType::F32, 2, &config, &weights, &ids, &targets, seq);
+        for mine in [&mine, &pieces] {
+            let (error, name) = farthest(mine, &truth.logits, truth.loss, &truth.grads);
+            println!("{shape:?}: farthest is {name}, {error:.2e}");
+            assert!(
+                error <= TOLERANCE,
+                "{shape:?}: {name} differs by {error:.2e}"
+            );
+        }
         // Planted: one weight moved by a thousandth must show.
         weights
             .get_mut("model.layers.0.mlp.up_proj.weight")

@@ -17,6 +17,10 @@ pub(crate) struct Args {
     /// Sequences in a step [default: 8]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub(crate) batch: Option<u32>,
+    /// Pieces in which a layer takes the batch, so that activations take less device memory; gradients add up
+    /// [default: 1]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) micro_batches: Option<u32>,
     /// Tokens in a sequence [default: 128, with --preset 1024]
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     pub(crate) seq: Option<u32>,
@@ -159,6 +163,8 @@ pub(crate) struct Recipe {
     pub(crate) steps: u64,
     pub(crate) batch: u32,
     pub(crate) seq: u32,
+    #[serde(default = "one")]
+    pub(crate) micro_batches: u32,
     pub(crate) seed: u64,
     pub(crate) lr: f64,
     pub(crate) warmup: u64,
@@ -168,6 +174,10 @@ pub(crate) struct Recipe {
     /// What the model computes in.
     #[serde(default = "fp32")]
     pub(crate) dtype: String,
+}
+
+fn one() -> u32 {
+    1
 }
 
 fn fp32() -> String {
@@ -180,6 +190,7 @@ impl Default for Recipe {
             steps: 300,
             batch: 8,
             seq: 128,
+            micro_batches: one(),
             seed: 0,
             lr: 3e-3,
             warmup: 15,
@@ -210,6 +221,7 @@ impl Recipe {
             steps: args.steps.unwrap_or(self.steps),
             batch: args.batch.unwrap_or(self.batch),
             seq: args.seq.unwrap_or(self.seq),
+            micro_batches: args.micro_batches.unwrap_or(self.micro_batches),
             seed: args.seed.unwrap_or(self.seed),
             lr: args.lr.unwrap_or(self.lr),
             warmup: args.warmup.unwrap_or(self.warmup),

@@ -61,6 +61,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let data = Data::read(&data_paths(args), recipe.seq as usize)?;
     let (batch, seq) = (recipe.batch as usize, recipe.seq as usize);
     let decoder = Decoder::compute_in(recipe.dtype()?, config, batch, seq)?;
+    let decoder = decoder
+        .in_micro_batches(recipe.micro_batches as usize)
+        .context("--micro-batches")?;
     let mut options = options(args, &recipe, &disk)?;
     let footprint = decoder.footprint(options.target()?)?;
     choose_budgets(&decoder, footprint, args, &mut options)?;

@@ -36,6 +36,8 @@ pub struct Decoder {
     config: Config,
     batch: usize,
     seq: usize,
+    /// Tokens that a layer computes on at once, whole sequences.
+    piece: usize,
     model: Model,
     embed: SectionId,
     layers: Vec<SectionId>,
@@ -105,6 +107,7 @@ impl Decoder {
             config,
             batch,
             seq,
+            piece: batch * seq,
             model,
             embed,
             layers,
@@ -113,6 +116,24 @@ impl Decoder {
             train,
             eval,
         })
+    }
+
+    /// Computes each layer on the batch in so many pieces, whose gradients add up: in memory for activations of
+    /// one piece, plus the states between layers. A layer takes all pieces before the next one does, so
+    /// that its parameters come and its gradient leaves once. The bits of sums depend on the number.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the pieces would not be equally many whole sequences.
+    pub fn in_micro_batches(mut self, pieces: usize) -> Result<Self> {
+        if pieces == 0 || !self.batch.is_multiple_of(pieces) {
+            let what = format!(
+                "{} sequences are not {pieces} equal micro-batches",
+                self.batch
+            );
+            return Err(Error::Model(what));
+        }
+        self.piece = self.batch / pieces * self.seq;
+        Ok(self)
     }
 
     /// The model as the runtime takes it.
@@ -176,16 +197,19 @@ impl Decoder {
         batch: &Batch<'_>,
         observer: &mut Observer<'_>,
     ) -> Result<()> {
-        let layer = self.layer(self.batch, self.seq);
-        let ids = step.upload(batch.ids, [layer.batch * layer.seq])?;
-        let targets = step.upload(batch.targets, [layer.batch * layer.seq])?;
+        let tokens = self.batch * self.seq;
+        let ids = step.upload(batch.ids, [tokens])?;
+        let targets = step.upload(batch.targets, [tokens])?;
         let frame = step.frame();
-        let mut x = frame.tensor([layer.batch * layer.seq, self.config.hidden])?;
+        let mut x = frame.tensor([tokens, self.config.hidden])?;
         self.embed(step, self.train.embed, &ids, &mut x)?;
         for (stage, section) in self.train.layers.iter().zip(&self.layers) {
             let lease = step.enter(*stage)?;
             lease.save(&x.as_ref())?;
-            layer.forward(step, &lease, *section, &mut x)?;
+            for (start, layer) in self.pieces(tokens, self.seq) {
+                let mut x = x.rows(start, layer.tokens())?;
+                layer.forward(step, &lease, *section, &mut x)?;
+            }
         }
         // From here on `x` is the gradient of the state it was.
         {
@@ -199,7 +223,14 @@ impl Decoder {
         }
         for (stage, section) in self.train.backward.iter().zip(self.layers.iter().rev()) {
             let lease = step.enter(*stage)?;
-            layer.backward(step, &lease, *section, &lease.saved()?, &mut x)?;
+            let saved = lease.saved()?;
+            for (start, layer) in self.pieces(tokens, self.seq) {
+                let (saved, mut dx) = (
+                    saved.rows(start, layer.tokens())?,
+                    x.rows(start, layer.tokens())?,
+                );
+                layer.backward(step, &lease, *section, &saved, &mut dx)?;
+            }
             observer(&lease, *section)?;
         }
         if let Some(stage) = self.train.embed_backward {
@@ -216,12 +247,12 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::train_step`].
     pub fn eval_loss(&self, step: &Step<'_>, batch: &Batch<'_>) -> Result<f32> {
-        let layer = self.layer(self.batch, self.seq);
-        let ids = step.upload(batch.ids, [layer.batch * layer.seq])?;
-        let targets = step.upload(batch.targets, [layer.batch * layer.seq])?;
+        let tokens = self.batch * self.seq;
+        let ids = step.upload(batch.ids, [tokens])?;
+        let targets = step.upload(batch.targets, [tokens])?;
         let frame = step.frame();
-        let mut x = frame.tensor([layer.batch * layer.seq, self.config.hidden])?;
-        self.forward(step, &layer, &ids, &mut x)?;
+        let mut x = frame.tensor([tokens, self.config.hidden])?;
+        self.forward(step, self.seq, &ids, &mut x)?;
         let lease = step.enter(self.eval.head)?;
         let loss = self.head(step, &lease, &targets, batch.targets, &mut x, false)?;
         let mut value = [0.0];
@@ -252,7 +283,6 @@ impl Decoder {
                 what,
             });
         }
-        let layer = self.layer(batch, seq);
         let ids = step.upload(ids, [batch * seq])?;
         let frame = step.frame();
         let Config {
@@ -262,7 +292,7 @@ impl Decoder {
             ..
         } = self.config;
         let mut x = frame.tensor([batch * seq, hidden])?;
-        self.forward(step, &layer, &ids, &mut x)?;
+        self.forward(step, seq, &ids, &mut x)?;
         let lease = step.enter(self.eval.head)?;
         let mut normed = frame.tensor([batch * seq, hidden])?;
         ops::rms_norm(
@@ -288,12 +318,17 @@ impl Decoder {
         Ok(all)
     }
 
-    fn layer(&self, batch: usize, seq: usize) -> Layer<'_> {
-        Layer {
-            config: &self.config,
-            batch,
-            seq,
-        }
+    /// What computes a layer on so many tokens of whole sequences, piece by piece, and where each begins.
+    fn pieces(&self, tokens: usize, seq: usize) -> impl Iterator<Item = (usize, Layer<'_>)> {
+        let piece = (self.piece / seq).max(1) * seq;
+        (0..tokens).step_by(piece).map(move |start| {
+            let layer = Layer {
+                config: &self.config,
+                batch: piece.min(tokens - start) / seq,
+                seq,
+            };
+            (start, layer)
+        })
     }
 
     fn embed(
@@ -311,14 +346,18 @@ impl Decoder {
     fn forward(
         &self,
         step: &Step<'_>,
-        layer: &Layer<'_>,
+        seq: usize,
         ids: &forebay::Tensor<'_>,
         x: &mut TensorMut<'_>,
     ) -> Result<()> {
         self.embed(step, self.eval.embed, ids, x)?;
+        let tokens = ids.shape().elements();
         for (stage, section) in self.eval.layers.iter().zip(&self.layers) {
             let lease = step.enter(*stage)?;
-            layer.forward(step, &lease, *section, x)?;
+            for (start, layer) in self.pieces(tokens, seq) {
+                let mut x = x.rows(start, layer.tokens())?;
+                layer.forward(step, &lease, *section, &mut x)?;
+            }
         }
         Ok(())
     }

@@ -94,7 +94,7 @@ impl<'l> Weights<'l> {
 }
 
 impl Layer<'_> {
-    fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         self.batch * self.seq
     }
 

@@ -24,6 +24,9 @@ pub(crate) struct Step {
     /// Sequences in a step
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch: u32,
+    /// Pieces in which a layer takes the batch; gradients add up
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    micro_batches: u32,
     /// Tokens in a sequence [default: 1024, for the small model 128]
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     seq: Option<u32>,
@@ -239,7 +242,8 @@ impl Step {
             _ => DType::F32,
         };
         let dtype = self.dtype.unwrap_or(usual);
-        Decoder::compute_in(dtype, config, self.batch as usize, self.seq(target))
+        Decoder::compute_in(dtype, config, self.batch as usize, self.seq(target))?
+            .in_micro_batches(self.micro_batches as usize)
     }
 
     fn open(&self, decoder: &Decoder, options: &Options) -> Result<Trainer> {
