@@ -1,13 +1,20 @@
 //! A pool of own threads for work that is cut into chunks.
 //!
+//! Work often comes in a row, and to wake a thread takes as long as a small piece of it: threads look for more a
+//! little while before they sleep.
+//!
 //! The caller's thread takes part. Which thread runs which chunk is left to chance, so work is cut
 //! in a way that does not depend on the number of threads, and results do not either.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a thread looks for more work before it sleeps: about what it takes to wake some.
+const AWAKE: Duration = Duration::from_micros(50);
 
 type Work = dyn Fn(usize, usize) + Sync;
 
@@ -37,6 +44,9 @@ struct Pool {
     started: Condvar,
     finished: Condvar,
     next: AtomicUsize,
+    /// [`State::number`] and [`State::running`], to be looked at without the lock.
+    number: AtomicU64,
+    running: AtomicUsize,
 }
 
 /// See the module. Dropping it ends its threads.
@@ -58,6 +68,8 @@ impl Workers {
             started: Condvar::new(),
             finished: Condvar::new(),
             next: AtomicUsize::new(0),
+            number: AtomicU64::new(0),
+            running: AtomicUsize::new(0),
         });
         let mut workers = Self {
             pool,
@@ -100,6 +112,7 @@ impl Workers {
             let mut state = lock(&self.pool.state);
             state.job = Some(job);
             state.number += 1;
+            self.pool.number.store(state.number, Ordering::Release);
         }
         self.pool.started.notify_all();
         // SAFETY: the work is alive: it was borrowed by this call.
@@ -109,6 +122,11 @@ impl Workers {
         let mut state = lock(&self.pool.state);
         // From here on no worker begins; those inside are waited for.
         state.job = None;
+        if state.running > 0 {
+            drop(state);
+            soon(|| self.pool.running.load(Ordering::Acquire) == 0);
+            state = lock(&self.pool.state);
+        }
         while state.running > 0 {
             state = self
                 .pool
@@ -157,7 +175,7 @@ unsafe fn take_part(pool: &Pool, job: Job, worker: usize) {
 }
 
 fn serve(pool: &Pool, worker: usize) {
-    let mut seen = 0;
+    let (mut seen, mut looked) = (0, true);
     let mut state = lock(&pool.state);
     loop {
         if state.closing {
@@ -165,6 +183,14 @@ fn serve(pool: &Pool, worker: usize) {
         }
         let job = state.job.filter(|_| state.number != seen);
         let Some(job) = job else {
+            if !looked {
+                let number = state.number;
+                drop(state);
+                soon(|| pool.number.load(Ordering::Acquire) != number);
+                state = lock(&pool.state);
+                looked = true;
+                continue;
+            }
             state = pool
                 .started
                 .wait(state)
@@ -172,17 +198,30 @@ fn serve(pool: &Pool, worker: usize) {
             continue;
         };
         seen = state.number;
+        looked = false;
         state.running += 1;
+        pool.running.store(state.running, Ordering::Release);
         drop(state);
         // SAFETY: `running` was raised while the job stood, and `run` waits for it to fall.
         let result = catch_unwind(AssertUnwindSafe(|| unsafe { take_part(pool, job, worker) }));
         state = lock(&pool.state);
         state.running -= 1;
+        pool.running.store(state.running, Ordering::Release);
         if let Err(panic) = result {
             state.panic.get_or_insert(panic);
         }
         if state.running == 0 {
             pool.finished.notify_all();
+        }
+    }
+}
+
+/// Looks again and again whether something holds, for a little while.
+fn soon(holds: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !holds() && start.elapsed() < AWAKE {
+        for _ in 0..8 {
+            std::hint::spin_loop();
         }
     }
 }
