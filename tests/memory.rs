@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{create, decoder, options, with_budgets};
 use forebay::{
-    HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy, RandomInit, Section,
-    SectionId, Stage, StageId, Step, Trainer,
+    Ahead, HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy, RandomInit,
+    Section, SectionId, Stage, StageId, Step, Trainer,
 };
+use forebay_decoder::{Config, Decoder};
 
 struct Counting;
 
@@ -79,19 +80,79 @@ fn budgets_hold_from_outside_and_in_a_steady_step_the_runtime_allocates_nothing(
             "{placement:?}: {grown} locked"
         );
     }
-    for (placement, clip) in [(Policy::Auto, None), (Policy::Disk, Some(1.0))] {
+    for (placement, clip) in [
+        (Policy::Auto, None),
+        (Policy::Disk, Some(1.0)),
+        // Updates run ahead of the norm, and stand, or are undone in every step.
+        (Policy::Pinned, Some(1e9)),
+        (Policy::Pinned, Some(1e-9)),
+    ] {
         assert_eq!(
             steady_allocations(placement, clip),
             0,
             "{placement:?}, clip {clip:?}"
         );
     }
+    nothing_is_in_memory_twice();
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     drop(std::hint::black_box(vec![1u8; 100]));
     assert!(
         ALLOCATIONS.load(Ordering::Relaxed) > before,
         "the counter counts"
     );
+}
+
+/// A model of 20 M parameters is made, published and resumed in little more memory than its budgets, and the
+/// masters of one section.
+fn nothing_is_in_memory_twice() {
+    let config = Config {
+        hidden: 512,
+        intermediate: 1376,
+        layers: 6,
+        heads: 8,
+        kv_heads: 8,
+        head_dim: 64,
+        vocabulary: 256,
+        ..common::config()
+    };
+    let decoder = Decoder::new(config, 1, 16).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = options(folder.path());
+    options.device = forebay::DeviceChoice::Host;
+    options.threads = 2;
+    options.placement = Policy::Pinned;
+    options.optimizer_chunk = None;
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+    let needs =
+        |options: &Options| forebay::requirements(decoder.model(), footprint, options).unwrap();
+    let least = Options {
+        placement: Policy::Disk,
+        ..options.clone()
+    };
+    options.device_budget = Some(needs(&least).device_bytes);
+    let needs = needs(&options);
+    options.pinned_budget = Some(needs.pinned_bytes);
+    let sections = decoder.model().sections().iter();
+    let masters = sections.map(|s| 4 * s.parameters()).max().unwrap();
+    let states = 12 * decoder.model().parameters();
+    let slack = needs.device_bytes + masters + (24 << 20);
+    let most = needs.pinned_bytes + slack;
+    assert!(states > 2 * slack, "it would show: {states}, {slack}");
+    let before = status("VmRSS");
+    let peak = |what: &str| {
+        let grown = status("VmHWM").saturating_sub(before);
+        assert!(grown <= most, "{what}: {grown} resident for {most}");
+    };
+    // The highest so far is forgotten.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let mut trainer = create(&decoder, &options);
+    peak("made");
+    trainer.publish("").unwrap();
+    peak("published");
+    drop(trainer);
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    drop(common::resume(&decoder, &options));
+    peak("resumed");
 }
 
 /// Adds its input to its output. Operations of our own: the matrix product packs its factors into
@@ -165,7 +226,13 @@ fn steady_allocations(placement: Policy, clip: Option<f64>) -> u64 {
     options.device = forebay::DeviceChoice::Host;
     (options.placement, options.clip, options.threads) = (placement, clip, 2);
     options.optimizer_chunk = Some(4096);
-    (options.device_budget, options.pinned_budget) = (Some(600 << 10), Some(1600 << 10));
+    let pinned = if placement == Policy::Pinned {
+        options.ahead = Ahead::Always;
+        4000 << 10
+    } else {
+        1600 << 10
+    };
+    (options.device_budget, options.pinned_budget) = (Some(600 << 10), Some(pinned));
     let footprint = forebay::footprint(
         &model,
         Pass::Train,
@@ -188,8 +255,17 @@ fn steady_allocations(placement: Policy, clip: Option<f64>) -> u64 {
     trainer.settle().unwrap();
     let allocations = ALLOCATIONS.load(Ordering::Relaxed) - start;
     let report = trainer.report();
+    let ahead = (report.ahead.steps, report.ahead.undone);
+    if placement == Policy::Pinned {
+        let undone = if clip == Some(1e9) { 0 } else { 40 };
+        assert_eq!(ahead, (40, undone));
+    }
+    let hops = match placement {
+        Policy::Pinned => &report.hops[..2],
+        _ => &report.hops[..],
+    };
     assert!(
-        report.hops.iter().all(|h| h.bytes > 0),
+        hops.iter().all(|h| h.bytes > 0),
         "all hops were used: {report:?}"
     );
     allocations

@@ -171,6 +171,7 @@ impl Printer {
                 "device_peak_bytes": tiers[0].peak_bytes,
                 "pinned_budget_bytes": tiers[1].budget_bytes,
                 "pinned_peak_bytes": tiers[1].peak_bytes,
+                "resident_peak_bytes": forebay::machine::peak_resident(),
                 "disk_bytes": tiers[2].peak_bytes,
                 "h2d_bytes": hops[0].bytes,
                 "d2h_bytes": hops[1].bytes,
@@ -287,6 +288,14 @@ fn summary_table(s: &Summary<'_>) {
             tier.name,
             budget.to_string(),
             peak.to_string()
+        );
+    }
+    if let Some(peak) = forebay::machine::peak_resident() {
+        println!(
+            "{:<18} {:>12} {:>12}",
+            "process",
+            "",
+            Bytes(peak).to_string()
         );
     }
     println!(

@@ -90,6 +90,16 @@ pub(super) fn memlock() -> (Option<u64>, bool) {
     ((!unlimited).then_some(limit.rlim_cur), may_lock(&status))
 }
 
+/// `VmHWM` of `/proc/self/status`.
+pub(super) fn peak_resident() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib * 1024)
+}
+
 /// Whether `CAP_IPC_LOCK` is among the effective capabilities of `/proc/self/status`.
 fn may_lock(status: &str) -> bool {
     const IPC_LOCK: u64 = 1 << 14;

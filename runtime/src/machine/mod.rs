@@ -73,6 +73,12 @@ pub fn free_memory() -> u64 {
     memory::free(Path::new("/"))
 }
 
+/// The most memory that this process held at once, in bytes, as the system counts it: pinned memory, the host
+/// device's, and everything else.
+pub fn peak_resident() -> Option<u64> {
+    memory::peak_resident()
+}
+
 /// Budgets for a machine that nothing is known of but its free memory. On the host device: a quarter
 /// of it for the device, a quarter for pinned memory. With a GPU: what is free there, less what its
 /// driver and libraries take besides; and half of the machine's memory to pin. The rest stays for the

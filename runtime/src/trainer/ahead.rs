@@ -223,7 +223,7 @@ impl Engine {
             return None;
         }
         let mut last = None;
-        self.ahead.begun.sort_by_key(|begun| begun.task);
+        self.ahead.begun.sort_unstable_by_key(|begun| begun.task);
         for index in 0..self.ahead.begun.len() {
             let begun = &self.ahead.begun[index];
             let (task, section, before) = (begun.task, begun.section, begun.scalars);
