@@ -332,7 +332,7 @@ fn the_log_suffices_in_training_and_says_when_it_does_not() {
         assert!(left == 0 || t <= 3, "step {t}: {left}");
     }
     let left = ahead(&mut memory, 31, &normal(1e12));
-    assert_eq!(left, n / 1024);
+    assert_eq!(left, n);
 }
 
 #[test]

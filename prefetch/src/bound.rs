@@ -19,7 +19,7 @@ pub struct Rates {
     pub disk_write: f64,
     /// Elements per second updated by the CPU.
     pub cpu: f64,
-    /// The same where what is overwritten is kept, before the norm.
+    /// The same where what is overwritten is logged, ahead of the norm: for [`simulate`](crate::simulate).
     pub cpu_ahead: f64,
     /// Elements per second updated on the device; infinite where that time is in `stage_seconds`.
     pub device_update: f64,
@@ -49,7 +49,7 @@ impl Rates {
                 .get(stage.0 as usize)
                 .copied()
                 .unwrap_or(0.0),
-            // The norm reads what the update reads again; it is counted with the update's rate.
+            // On the device, of memory that is fast there.
             (_, TaskKind::GradNorm(_) | TaskKind::Norm | TaskKind::Commit) => 0.0,
             (Lane::H2d, _) => amount / self.h2d,
             (Lane::D2h, _) => amount / self.d2h,
@@ -126,9 +126,9 @@ pub struct Bound {
 
 /// The least time of a step of `plan` at `rates`.
 ///
-/// With [`Timing::AfterNorm`], unless updates run `ahead` of it, what follows the norm cannot hide behind
-/// the backward pass: backward + max(forward, optimizer, the disk's work for both), where that is more.
-/// What undoing costs is not part of it.
+/// With [`Timing::AfterNorm`] what follows the norm cannot hide behind the backward pass: backward +
+/// max(forward, optimizer, the disk's work for both), where that is more. With `ahead`, as many updates as
+/// there are buffers to undo them do not follow the norm. What their log costs is not part of it.
 pub fn bound(plan: &Plan, rates: &Rates, ahead: bool) -> Bound {
     let sum = |pick: &dyn Fn(usize) -> bool| -> f64 {
         (0..plan.tasks().len())
@@ -148,7 +148,7 @@ pub fn bound(plan: &Plan, rates: &Rates, ahead: bool) -> Bound {
     let mut best = parts
         .into_iter()
         .fold((0.0, "compute"), |a, b| if b.0 > a.0 { b } else { a });
-    if plan.timing() == Timing::AfterNorm && !ahead {
+    if plan.timing() == Timing::AfterNorm {
         let split = plan.forward_stages().min(rates.stage_seconds.len());
         let forward: f64 = rates.stage_seconds[..split].iter().sum();
         let backward: f64 = rates.stage_seconds[split..].iter().sum();
@@ -170,10 +170,16 @@ pub fn bound(plan: &Plan, rates: &Rates, ahead: bool) -> Bound {
             );
             update || read(task)
         });
+        let mut early: Vec<f64> = (0..plan.tasks().len())
+            .filter(|t| ahead && plan.tasks()[*t].window == Window::Norm)
+            .map(|t| rates.seconds(plan, t))
+            .collect();
+        early.sort_by(|a, b| b.total_cmp(a));
+        let early: f64 = early.iter().take(plan.undo_buffers() as usize).sum();
         for (seconds, by) in [
             (forward, "backward + forward"),
             (updating - buffered, "backward + disk"),
-            (parts[3].0, "backward + cpu"),
+            (parts[3].0 - early, "backward + cpu"),
         ] {
             if backward + seconds > best.0 * (1.0 + 1e-9) {
                 best = (backward + seconds, by);

@@ -172,13 +172,18 @@ fn where_the_optimizer_binds_updates_run_ahead_of_the_norm() {
     };
     // Backward takes 2 / 3 of a second and all updates 2.
     let (alone, bounds) = step(false, 64 * MIB);
-    assert!((bounds[0] - 8.0 / 3.0).abs() < 0.02 && (bounds[1] - 2.0).abs() < 1e-6);
+    assert!((bounds[0] - 8.0 / 3.0).abs() < 0.02 && bounds[1] == bounds[0]);
     assert!((bounds[0]..1.02 * bounds[0]).contains(&alone), "{alone}");
     // Ahead of the norm two thirds of a second do the work of four ninths: 2.22 at best.
-    let (ahead, _) = step(true, 64 * MIB);
+    let (ahead, all) = step(true, 64 * MIB);
+    assert!(
+        all[0] == bounds[0] && (all[1] - 2.0).abs() < 1e-6,
+        "{all:?}"
+    );
     assert!((2.22..2.32).contains(&ahead), "{ahead}");
     // With room for a few only, something is gained.
-    let (some, _) = step(true, 2 * MIB);
+    let (some, few) = step(true, 2 * MIB);
+    assert!(few[1] < all[0] && few[1] > all[1], "{few:?}");
     assert!(some < alone - 0.05 && some > ahead + 0.05, "{some}");
 }
 

@@ -1,8 +1,8 @@
 //! Updates that run ahead of the norm.
 //!
 //! While the backward pass goes on, the optimizer's threads have nothing that is certain to do: the norm of
-//! the whole gradient, and with it the clip factor, is known only at the end. But clipping is rare in most
-//! of a training run. So sections whose gradients are whole are updated as if there were none, with a log of
+//! the whole gradient is known only at the end, and with it the clip factor, and whether the step counts at
+//! all. But clipping is rare in most of a training run, and so are gradients that are not finite. So sections whose gradients are whole are updated as if there were none, with a log of
 //! what that overwrites. If the norm then says otherwise, the old states are brought back and updated anew: the
 //! bits are those of a run that waited.
 
@@ -27,19 +27,33 @@ struct Begun {
     section: SectionId,
     part: u32,
     scalars: StepScalars,
-    kept: Slab,
+    kept: Kept,
     done: bool,
+}
+
+/// A slab for what an update overwrites.
+#[derive(Debug)]
+struct Kept {
+    slab: Slab,
+    /// Elements that the update left, for want of room in the log.
+    left: Arc<AtomicU64>,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct RunAhead {
     choice: Ahead,
-    free: Vec<Slab>,
+    free: Vec<Kept>,
     begun: Vec<Begun>,
     clock: Arc<Clock>,
     judge: Judge,
     pub(super) report: AheadReport,
+}
+
+impl Begun {
+    fn left(&self) -> u64 {
+        self.kept.left.load(Ordering::Relaxed)
+    }
 }
 
 impl RunAhead {
@@ -47,7 +61,13 @@ impl RunAhead {
         Self {
             choice,
             begun: Vec::with_capacity(slabs.len()),
-            free: slabs,
+            free: slabs
+                .into_iter()
+                .map(|slab| Kept {
+                    slab,
+                    left: Arc::default(),
+                })
+                .collect(),
             clock: Arc::default(),
             judge: Judge::default(),
             report: AheadReport::default(),
@@ -78,19 +98,25 @@ impl RunAhead {
     pub(super) fn decided(&mut self, stands: bool) {
         self.report.steps += u64::from(self.any());
         self.report.undone += u64::from(self.any() && !stands);
-        let elements = self.clock.ahead_elements.load(Ordering::Relaxed);
-        self.judge.saw(stands, self.clock.late_seconds(elements));
+        self.judge.saw(stands);
     }
 
-    /// All of it is as the norm says, after this time.
-    pub(super) fn over(&mut self, stood: bool, took: Duration) {
-        if !stood && self.any() {
-            self.judge.lost = took.as_secs_f64();
+    /// All of it is as the norm says.
+    pub(super) fn over(&mut self, stood: bool) {
+        let Clock {
+            ahead, again_ns, ..
+        } = &*self.clock;
+        let elements = ahead.swap(0, Ordering::Relaxed);
+        let again = Duration::from_nanos(again_ns.swap(0, Ordering::Relaxed));
+        let left: u64 = self.begun.iter().map(Begun::left).sum();
+        if self.any() {
+            let gained = self.clock.late_seconds(elements.saturating_sub(left));
+            self.judge.weigh(gained, (!stood).then_some(again));
         }
+        self.report.elements += elements;
+        self.report.left += left;
         self.free
             .extend(self.begun.drain(..).map(|begun| begun.kept));
-        self.report.elements += self.clock.ahead_elements.swap(0, Ordering::Relaxed);
-        self.report.left += self.clock.left.swap(0, Ordering::Relaxed);
     }
 
     fn wanted(&self) -> bool {
@@ -108,33 +134,31 @@ impl RunAhead {
 pub(super) struct Clock {
     late_elements: AtomicU64,
     late_ns: AtomicU64,
-    /// Of the step whose norm is to come.
-    ahead_elements: AtomicU64,
-    /// Pieces of those that are still to be updated.
-    left: AtomicU64,
+    /// Elements of the step whose norm is to come, or just came.
+    ahead: AtomicU64,
+    again_ns: AtomicU64,
 }
 
 impl Clock {
-    pub(super) fn add(&self, work: Work, elements: usize, left: usize, took: Duration) {
+    pub(super) fn add(&self, work: Work, elements: usize, took: Duration) {
         let elements = elements as u64;
+        let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         match work {
             Work::Update => {
-                let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
                 self.late_elements.fetch_add(elements, Ordering::Relaxed);
                 self.late_ns.fetch_add(ns, Ordering::Relaxed);
             }
-            Work::Ahead => {
-                self.ahead_elements.fetch_add(elements, Ordering::Relaxed);
-                self.left.fetch_add(left as u64, Ordering::Relaxed);
-            }
-            Work::Rest | Work::Again(_) => {}
+            Work::Ahead => drop(self.ahead.fetch_add(elements, Ordering::Relaxed)),
+            Work::Again(_) => drop(self.again_ns.fetch_add(ns, Ordering::Relaxed)),
+            Work::Rest => {}
         }
     }
 
-    /// What so many elements would have taken after the norm.
-    fn late_seconds(&self, elements: u64) -> f64 {
-        let per = self.late_ns.load(Ordering::Relaxed) as f64 / 1e9;
-        elements as f64 * per / self.late_elements.load(Ordering::Relaxed).max(1) as f64
+    /// What so many elements would have taken after the norm, once some did.
+    fn late_seconds(&self, elements: u64) -> Option<f64> {
+        let late = self.late_elements.load(Ordering::Relaxed);
+        let seconds = self.late_ns.load(Ordering::Relaxed) as f64 / 1e9;
+        (late > 0).then(|| elements as f64 * seconds / late as f64)
     }
 }
 
@@ -144,10 +168,9 @@ impl Clock {
 struct Judge {
     /// The part of recent steps that would not have stood.
     risk: f64,
-    /// Seconds.
-    gained: f64,
-    /// Seconds; none of which are known at first.
-    lost: f64,
+    /// Seconds, once they were seen.
+    gained: Option<f64>,
+    lost: Option<f64>,
 }
 
 impl Judge {
@@ -157,19 +180,19 @@ impl Judge {
     /// 24 and 28 bytes an element for 28.
     const LOST: f64 = 2.0;
 
-    fn saw(&mut self, stands: bool, seconds: f64) {
+    fn saw(&mut self, stands: bool) {
         self.risk += Self::NEWEST * (f64::from(u8::from(!stands)) - self.risk);
-        if seconds > 0.0 {
-            self.gained = seconds;
-        }
+    }
+
+    /// What running ahead was worth, in seconds of work behind the norm, and what it took to make good for.
+    fn weigh(&mut self, gained: Option<f64>, again: Option<Duration>) {
+        self.gained = gained.or(self.gained);
+        self.lost = again.map(|again| again.as_secs_f64()).or(self.lost);
     }
 
     fn worth(&self) -> bool {
-        let (gained, lost) = if self.gained > 0.0 && self.lost > 0.0 {
-            (self.gained, self.lost)
-        } else {
-            (1.0, Self::LOST)
-        };
+        let seen = self.gained.zip(self.lost);
+        let (gained, lost) = seen.unwrap_or((1.0, Self::LOST));
         (1.0 - self.risk) * gained > self.risk * lost
     }
 }
@@ -190,7 +213,8 @@ impl Engine {
                 unreachable!("only updates wait for the norm with what they need");
             };
             let kept = self.ahead.free.pop().expect("one is free");
-            let place = self.place_ahead(task, section, part, &kept);
+            let place = self.place_ahead(task, section, part, &kept.slab);
+            let left = Some(Arc::clone(&kept.left));
             let scalars = self.step_scalars(task.step);
             self.ahead.begun.push(Begun {
                 task,
@@ -200,7 +224,7 @@ impl Engine {
                 kept,
                 done: false,
             });
-            let seq = self.queue_update(section, Work::Ahead, place, scalars);
+            let seq = self.queue_update(section, Work::Ahead, place, scalars, left);
             self.fly(task, Sign::Cpu(seq));
         }
         any
@@ -209,32 +233,36 @@ impl Engine {
     fn place_ahead(&self, task: TaskRef, section: SectionId, part: u32, kept: &Slab) -> PartPlace {
         let spec = self.scheduler().plan().task(task.id);
         let mut place = self.part_place(task, spec, section, part);
-        // The gradient at the end, from the start of a line of the caches.
-        let grad = (kept.len() - place.elements * place.dtype.bytes()) & !63;
+        // The gradient at the end, from the start of a line of the caches, where the parameter takes its place.
+        let in_place = place.param.is_none();
+        let grad = place.elements * place.dtype.bytes() * usize::from(in_place);
+        let grad = (kept.len() - grad) & !63;
         place.kept = Some((kept.address(), kept.address().wrapping_add(grad)));
         place
     }
 
-    /// What ran ahead, done with as the norm says, in the order in which the next forward pass needs it: if it
-    /// stands, what it left over is updated, and else it is taken back and updated anew. The last piece of
-    /// that work.
+    /// What ran ahead, done with as the norm says: if it stands, what it left over is updated, and else it is
+    /// taken back and updated anew. The last piece of that work.
     pub(super) fn make_good(&mut self, stands: bool) -> Option<Seq> {
-        if stands && self.ahead.clock.left.load(Ordering::Relaxed) == 0 {
-            return None;
-        }
         let mut last = None;
-        self.ahead.begun.sort_unstable_by_key(|begun| begun.task);
         for index in 0..self.ahead.begun.len() {
             let begun = &self.ahead.begun[index];
+            if stands && begun.left() == 0 {
+                continue;
+            }
             let (task, section, before) = (begun.task, begun.section, begun.scalars);
-            let place = self.place_ahead(task, section, begun.part, &begun.kept);
+            let place = self.place_ahead(task, section, begun.part, &begun.kept.slab);
             let work = if stands {
                 Work::Rest
             } else {
                 Work::Again(before)
             };
             let scalars = self.step_scalars(task.step);
-            last = Some(self.queue_update(section, work, place, scalars));
+            let seq = self.queue_update(section, work, place, scalars, None);
+            if let Some(trace) = self.tracing() {
+                trace.on_cpu(seq, task);
+            }
+            last = Some(seq);
         }
         last
     }
@@ -248,23 +276,29 @@ mod tests {
     fn running_ahead_ends_when_steps_are_undone_and_comes_back() {
         let mut judge = Judge::default();
         assert!(judge.worth(), "nothing is known against it");
+        let tenth = Duration::from_millis(100);
         let fails = (0..).find(|_| {
-            judge.saw(false, 0.1);
-            judge.lost = 0.2;
+            judge.saw(false);
+            judge.weigh(Some(0.1), Some(2 * tenth));
             !judge.worth()
         });
         assert!((2..5).contains(&fails.unwrap_or(0)), "{fails:?}");
         let stands = (0..).find(|_| {
-            judge.saw(true, 0.0);
+            judge.saw(true);
             judge.worth()
         });
         assert!(stands.unwrap_or(99) < 5, "{stands:?}");
         // Where undoing costs little it goes on with more of it.
-        judge.lost = 0.01;
+        judge.weigh(Some(0.1), Some(tenth / 10));
         let fails = (0..40).find(|_| {
-            judge.saw(false, 0.1);
+            judge.saw(false);
             !judge.worth()
         });
         assert!(fails.unwrap_or(99) > 8, "{fails:?}");
+        // Where all of it is left for want of room in the log, nothing is gained.
+        let mut judge = Judge::default();
+        judge.weigh(Some(0.0), Some(tenth));
+        judge.saw(false);
+        assert!(!judge.worth());
     }
 }

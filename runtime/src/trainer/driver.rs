@@ -148,8 +148,7 @@ impl Driver for Engine {
     }
 
     fn abandon(&mut self) {
-        self.failed
-            .get_or_insert_with(|| "a step was dropped before its end".to_owned());
+        self.drop_step();
     }
 }
 
@@ -277,6 +276,7 @@ impl Engine {
     }
 
     fn finish_pass(&mut self, ending: Ending) -> Result<Finished> {
+        self.walking = false;
         if let Some((_, task)) = self.stage.take().filter(|_| self.pass == Pass::Train) {
             self.open[(task.step % 2) as usize].ending = Some(ending);
         }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_kernels::cpu::AdamW;
-use forebay_nvme::{Key, StateKind, Store};
+use forebay_nvme::{Done, Key, StateKind, Store};
 use forebay_pinned::Arena;
 use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
 
@@ -111,6 +111,8 @@ pub(crate) struct Engine {
     pub(super) last_norm: f64,
     pub(super) skipped: u64,
     pub(super) holding: bool,
+    /// Whether a pass was begun and neither finished nor dropped.
+    pub(super) walking: bool,
     pub(super) resolving: Option<Resolving>,
     /// The norm of a step that the trainer has not ended yet.
     pub(super) held: Option<TaskRef>,
@@ -163,6 +165,7 @@ impl Engine {
             last_norm: 0.0,
             skipped: 0,
             holding: false,
+            walking: false,
             resolving: None,
             held: None,
             stage: None,
@@ -183,7 +186,7 @@ impl Engine {
 
     /// Opens a pass.
     pub(super) fn begin(&mut self, pass: Pass, lr: f64) -> Result<()> {
-        self.check()?;
+        self.check_walked()?;
         if pass != self.pass {
             self.settle()?;
             self.pass = pass;
@@ -204,12 +207,13 @@ impl Engine {
         if let Some(event) = self.input_last[self.half()].take() {
             self.wait_for(event)?;
         }
+        self.walking = true;
         self.pump().map(|_| ())
     }
 
     /// Waits until every task of every step is done.
     pub(super) fn settle(&mut self) -> Result<()> {
-        self.check()?;
+        self.check_walked()?;
         self.wait_until(|engine| engine.scheduler().idle())
     }
 
@@ -219,6 +223,20 @@ impl Engine {
             self.failed.get_or_insert_with(|| error.to_string());
         }
         result
+    }
+
+    /// As [`Engine::check`]; a step that was leaked counts as dropped.
+    fn check_walked(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.walking) {
+            self.drop_step();
+        }
+        self.check()
+    }
+
+    pub(super) fn drop_step(&mut self) {
+        self.walking = false;
+        self.failed
+            .get_or_insert_with(|| "a step was dropped before its end".to_owned());
     }
 
     pub(super) fn check(&self) -> Result<()> {
@@ -285,16 +303,7 @@ impl Engine {
         self.store.health()?;
         while let Some(done) = self.store.try_next() {
             moved = true;
-            let index = self.moving.iter().position(|m| m.key == done.key);
-            let Moving { task, place, .. } = self
-                .moving
-                .swap_remove(index.expect("every transfer was noted"));
-            self.places.return_slab(place, done.slab);
-            if let Some(trace) = self.tracing() {
-                trace.transfer_ends(task);
-            }
-            done.result?;
-            self.done(task);
+            self.moved(done)?;
         }
         self.resolve_if_ready()?;
         while self.store.can_start() {
@@ -306,6 +315,21 @@ impl Engine {
         }
         moved |= self.run_ahead();
         Ok(moved)
+    }
+
+    /// A transfer of a task has ended.
+    pub(super) fn moved(&mut self, done: Done) -> Result<()> {
+        let index = self.moving.iter().position(|m| m.key == done.key);
+        let Moving { task, place, .. } = self
+            .moving
+            .swap_remove(index.expect("every transfer was noted"));
+        self.places.return_slab(place, done.slab);
+        if let Some(trace) = self.tracing() {
+            trace.transfer_ends(task);
+        }
+        done.result?;
+        self.done(task);
+        Ok(())
     }
 
     pub(super) fn lane_reached(&self, seq: Seq) -> Result<bool> {

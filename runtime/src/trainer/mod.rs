@@ -145,7 +145,9 @@ impl Trainer {
         let store = open(&arena, &store_layout, &store_options)?;
         let workers = Workers::new(options.threads, "fb-adam")
             .map_err(Error::system("starting the optimizer's threads"))?;
-        let lane = WorkQueue::new("fb-optimizer", LANE_DEPTH, Arc::clone(&notifier))
+        // All that is undone in a step may wait besides.
+        let depth = LANE_DEPTH + placement.undo_buffers() as usize;
+        let lane = WorkQueue::new("fb-optimizer", depth, Arc::clone(&notifier))
             .map_err(Error::system("starting the optimizer's lane"))?;
         let scratch = Scratch::new(places.scratch);
         let lock = arena.lock().clone();

@@ -2,7 +2,6 @@
 //! was updated before it stands.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use forebay_kernels::cpu::AdamW;
 use forebay_prefetch::{GradHome, SectionId, TaskId, TaskKind, TaskRef, Tier};
@@ -19,7 +18,6 @@ pub(super) struct Resolving {
     norm: TaskRef,
     /// Whether what ran ahead was right to.
     stands: bool,
-    since: Instant,
     /// Once all of it has come through: the last piece of work that makes good for what is in pinned memory.
     last: Option<Seq>,
 }
@@ -60,7 +58,6 @@ impl Engine {
         self.resolving = Some(Resolving {
             norm: task,
             stands,
-            since: Instant::now(),
             last: None,
         });
         self.resolve_if_ready()
@@ -136,7 +133,7 @@ impl Engine {
 
     fn resolved(&mut self, resolving: Resolving) -> Result<()> {
         self.resolving = None;
-        self.ahead.over(resolving.stands, resolving.since.elapsed());
+        self.ahead.over(resolving.stands);
         self.done(resolving.norm);
         Ok(())
     }

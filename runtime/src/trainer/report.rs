@@ -164,7 +164,7 @@ pub struct AheadReport {
     pub undone: u64,
     /// Elements that were updated ahead, in all steps.
     pub elements: u64,
-    /// Pieces of them (of 2048) whose log did not fit, and which waited for the norm after all.
+    /// Those of them whose log did not fit, and which waited for the norm after all.
     pub left: u64,
 }
 

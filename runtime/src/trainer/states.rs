@@ -245,16 +245,21 @@ impl Engine {
         Ok(done.result?)
     }
 
-    /// One transfer, waited for, while no other is under way.
+    /// One transfer, waited for. Others that are under way are tasks of the plan.
     fn transfer(&mut self, key: Key, slab: Slab, write: bool) -> Result<Slab> {
         if write {
             self.store.write(key, slab)?
         } else {
             self.store.read(key, slab)?
         }
-        let done = self.next_done()?;
-        done.result?;
-        Ok(done.slab)
+        loop {
+            let done = self.next_done()?;
+            if done.key == key {
+                done.result?;
+                return Ok(done.slab);
+            }
+            self.moved(done)?;
+        }
     }
 
     fn next_done(&mut self) -> Result<Done> {

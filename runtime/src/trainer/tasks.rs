@@ -2,6 +2,7 @@
 //! that the plan gave it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use forebay_nvme::{Key, StateKind};
@@ -151,7 +152,7 @@ impl Engine {
     pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
         let place = self.part_place(task, spec, section, part);
         let scalars = self.step_scalars(task.step);
-        let seq = self.queue_update(section, Work::Update, place, scalars);
+        let seq = self.queue_update(section, Work::Update, place, scalars, None);
         self.fly(task, Sign::Cpu(seq));
     }
 
@@ -180,13 +181,14 @@ impl Engine {
         }
     }
 
-    /// Hands the optimizer's work on a part to its lane.
+    /// Hands the optimizer's work on a part to its lane. `left` is told what an update ahead left.
     pub(super) fn queue_update(
         &mut self,
         section: SectionId,
         work: Work,
         place: PartPlace,
         scalars: StepScalars,
+        left: Option<Arc<AtomicU64>>,
     ) -> Seq {
         let (optimizer, clock) = (Arc::clone(&self.optimizer), self.ahead.clock());
         let runs = Arc::clone(&self.runs[section.0 as usize]);
@@ -195,8 +197,13 @@ impl Engine {
             let start = Instant::now();
             // SAFETY: states, gradient, parameters and what is kept belong to this update until it is
             // done: the scheduler starts nothing that reads the parameters, or writes any of them, before.
-            let left = unsafe { update::work(&optimizer, work, &scalars, &runs, place) };
-            clock.add(work, place.elements, left, start.elapsed());
+            let done = unsafe { update::work(&optimizer, work, &scalars, &runs, place) };
+            if let Some(rest) = done {
+                clock.add(work, place.elements, start.elapsed());
+                if let Some(left) = left {
+                    left.store(rest as u64, Ordering::Relaxed);
+                }
+            }
             Ok(())
         })
     }

@@ -153,7 +153,7 @@ impl Work {
     }
 }
 
-/// Works on one part; how many pieces an update ahead left over.
+/// Works on one part. How many elements an update ahead left; `None` if there was nothing to do.
 ///
 /// # Safety
 /// The place is mapped for its elements, and nobody else touches it until this returns.
@@ -163,11 +163,11 @@ pub(super) unsafe fn work(
     scalars: &StepScalars,
     runs: &[Run],
     place: PartPlace,
-) -> usize {
+) -> Option<usize> {
     let (workers, isa) = (&optimizer.workers, optimizer.isa);
     if matches!(work, Work::Update) && place.param.is_some() && scalars.is_unchanged() {
         // The parameters are what their masters are cast to already.
-        return 0;
+        return None;
     }
     let mut left = 0;
     let each =
@@ -190,7 +190,7 @@ pub(super) unsafe fn work(
         };
     // SAFETY: by the caller's contract.
     unsafe { each_run(runs, place, each) };
-    left
+    Some(left)
 }
 
 /// Calls `f` with each run of a part: its states, gradient and parameter, and the room to keep them.

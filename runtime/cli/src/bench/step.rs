@@ -371,12 +371,12 @@ impl Step {
         let all = (updated * ours.report.steps).max(1) as f64;
         println!(
             "ahead of the gradient's norm in {} of {} steps, {} of them undone: {:.1} % of the CPU's updates, \
-             {:.1} % of the log too short",
+             {:.1} % of them left for it",
             ahead.steps,
             ours.report.steps,
             ahead.undone,
             100.0 * ahead.elements as f64 / all,
-            100.0 * (2048 * ahead.left) as f64 / (ahead.elements as f64).max(1.0)
+            100.0 * ahead.left as f64 / (ahead.elements as f64).max(1.0)
         );
     }
 }

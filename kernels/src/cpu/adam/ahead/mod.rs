@@ -44,7 +44,7 @@ impl Kept<'_> {
 }
 
 /// As [`adamw_parallel`](super::adamw_parallel), so that it can be undone. Elements whose log does not fit are
-/// left as they are, for [`adamw_rest`]; how many pieces that were.
+/// left as they are, for [`adamw_rest`]; how many that were.
 ///
 /// # Panics
 /// If lengths differ, or this machine cannot run `isa`.
@@ -58,9 +58,11 @@ pub fn adamw_ahead(
 ) -> usize {
     let left = AtomicUsize::new(0);
     units(workers, isa, states, exchange, kept, &|unit, room| {
+        let elements = unit.end - unit.start;
         // SAFETY: units do not overlap, and the machine runs it (checked).
-        let whole = unsafe { unit.ahead(isa, scalars, room) };
-        left.fetch_add(usize::from(!whole), Ordering::Relaxed);
+        if !unsafe { unit.ahead(isa, scalars, room) } {
+            left.fetch_add(elements, Ordering::Relaxed);
+        }
     });
     left.into_inner()
 }
