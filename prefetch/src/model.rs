@@ -35,11 +35,13 @@ pub enum Tier {
 /// When the optimizer may update a section.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Timing {
-    /// After the norm of the whole step's gradient is known: exact clipping.
+    /// After the norm of the whole step's gradient is known: exact clipping. What lives in pinned memory may run
+    /// ahead of it, to be undone ([`Window::Norm`](crate::Window::Norm)).
     #[default]
     AfterNorm,
     /// As soon as the section's gradient is whole, where its states live on disk (a write there
-    /// can be undone if the gradient turns out not to be finite); the others after the norm.
+    /// can be undone if the gradient turns out not to be finite); the others as with
+    /// [`Timing::AfterNorm`].
     Immediate,
 }
 

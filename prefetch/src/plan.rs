@@ -19,7 +19,7 @@ pub enum Lane {
     DiskWrite,
     /// The optimizer's threads.
     Cpu,
-    /// The optimizer on the device, on the compute stream.
+    /// Sums of squares of gradients, and the optimizer on the device: on the compute stream.
     Update,
 }
 

@@ -123,6 +123,58 @@ fn adamw_beside_a_bare_pass_over_its_memory() {
 }
 
 #[test]
+fn updates_with_a_log_beside_the_same_pass() {
+    let words = [
+        "adam",
+        "--json",
+        "--rounds",
+        "3",
+        "--millions",
+        "1",
+        "--ahead",
+    ];
+    let found = json(&words);
+    plausible(&found["outcomes"][0]);
+}
+
+#[test]
+fn an_offloaded_step_beside_its_ceilings() {
+    let base = [
+        "step", "--json", "--device", "host", "--batch", "2", "--steps", "3",
+    ];
+    for clips in ["never", "always"] {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = folder.path().to_str().unwrap();
+        let found = json(&[&base[..], &["--clips", clips, "--disk", disk]].concat());
+        let seconds = |value: &serde_json::Value| value.as_f64().unwrap();
+        let (ours, resident) = (&found["offloaded"], &found["resident"]);
+        for reached in [ours, resident] {
+            assert!(seconds(&reached["step_s"]) > 0.0, "{found}");
+            assert!(seconds(&reached["forward_backward_s"]) > 0.0, "{found}");
+        }
+        let peak = |reached: &serde_json::Value| reached["device_peak_bytes"].as_u64().unwrap();
+        assert!(peak(ours) < peak(resident), "{found}");
+        assert!(
+            seconds(&found["bound_s"]) >= seconds(&resident["step_s"]),
+            "{found}"
+        );
+        assert!(seconds(&found["traffic"][0]["together_s"]) > 0.0, "{found}");
+        let (steps, ahead) = (&ours["steps"], &ours["ahead_steps"]);
+        let undone = ours["undone_steps"].as_u64().unwrap();
+        match clips {
+            "never" => assert!(steps == ahead && undone == 0, "{found}"),
+            _ => assert!(Some(undone) == ahead.as_u64() && undone > 0, "{found}"),
+        }
+        // The folder of its own is gone.
+        assert_eq!(std::fs::read_dir(disk).unwrap().count(), 0);
+    }
+    refused(
+        &["step", "--preset", "2b", "--device", "host"],
+        &["2b", "1.3b"],
+    );
+}
+
+#[test]
 fn wrong_flags_say_what_would_be_right() {
     refused(&[&HOST[..], &["5000"]].concat(), &["--sizes", "4KiB"]);
     refused(

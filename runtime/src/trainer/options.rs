@@ -30,7 +30,8 @@ pub enum Publish {
 /// back and updated anew. Results do not depend on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ahead {
-    /// Where memory is left to keep what is overwritten, as long as steps are seldom undone.
+    /// Where pinned memory is left to log what is overwritten (4.2 bytes a parameter, and the gradient's where the
+    /// device has the parameter), as long as that pays.
     #[default]
     Auto,
     /// Where memory is left, in every step.

@@ -17,7 +17,7 @@ pub(super) const READ_BYTES: u64 = 64 << 10;
 const SMALL_BYTES: u64 = 4096;
 
 /// Pinned memory that a trainer takes besides slabs of states: token ids of two steps, the piece
-/// for reading back, the loss, the sums of sections that are updated on the device.
+/// for reading back, the loss, the sums of squares of each section.
 pub(super) fn fixed_bytes(footprint: Footprint, sections: usize) -> u64 {
     // A lease takes a page even for nothing.
     let page = |bytes: u64| bytes.max(1).next_multiple_of(SMALL_BYTES);

@@ -185,7 +185,10 @@ pub(super) unsafe fn work(
                     adamw_undo(workers, isa, before.of(run), old, e, kept);
                     adamw_parallel(workers, isa, scalars, states, exchange);
                 }
-                _ => adamw_parallel(workers, isa, scalars, states, exchange),
+                (Work::Ahead | Work::Rest | Work::Again(_), None) => {
+                    unreachable!("what runs ahead has room to be undone")
+                }
+                (Work::Update, _) => adamw_parallel(workers, isa, scalars, states, exchange),
             }
         };
     // SAFETY: by the caller's contract.

@@ -424,7 +424,8 @@ impl Folder {
     fn new(parent: Option<&Path>) -> Result<Self> {
         let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
         let folder = parent.join(format!("forebay-bench-{}", std::process::id()));
-        match std::fs::create_dir_all(&folder) {
+        // Not one that is there already: it goes with us.
+        match std::fs::create_dir(&folder) {
             Ok(()) => Ok(Self(folder)),
             Err(error) => Err(Error::Misuse(format!(
                 "making {}: {error}; give --disk a folder that can be written",
