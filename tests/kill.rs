@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{create, decoder, options, resume, step, with_budgets};
-use forebay::Policy;
+use forebay::{Ahead, Policy};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -25,8 +25,12 @@ fn child(folder: &Path) {
     let decoder = decoder();
     let mut options = options(folder);
     options.placement = Policy::Auto;
-    // Both timings of updates, the one kept with the folder.
+    // Each timing of updates, the one kept with the folder: behind the norm, before it on disk, and ahead of it in
+    // pinned memory.
     options.clip = (!folder.ends_with("early")).then_some(0.5);
+    if folder.ends_with("ahead") {
+        (options.placement, options.ahead) = (Policy::Pinned, Ahead::Always);
+    }
     let options = with_budgets(options, &decoder);
     let exists = forebay::stored_user_text(folder).is_ok();
     let mut trainer = if exists {
@@ -77,17 +81,17 @@ fn killed_at_any_instant_a_run_resumes_on_the_bits_of_the_whole_run() {
     if let Some(folder) = std::env::var_os(FOLDER) {
         return child(Path::new(&folder));
     }
-    let rounds = std::env::var("FOREBAY_KILL_ROUNDS").map_or(12, |n| n.parse().unwrap());
+    let rounds: u32 = std::env::var("FOREBAY_KILL_ROUNDS").map_or(12, |n| n.parse().unwrap());
     let seed = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
     println!("{rounds} rounds, seed {seed}");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    for name in ["late", "early"] {
+    for name in ["late", "early", "ahead"] {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join(name);
         std::fs::create_dir(&folder).unwrap();
         let (mut published, mut known) = (0, HashMap::new());
         let (mut kills, mut advanced) = (0, 0);
-        while kills < rounds / 2 {
+        while kills < rounds.div_ceil(3) {
             let out = std::fs::File::create(root.path().join("out")).unwrap();
             let mut child = Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", NAME, "--nocapture"])
@@ -117,7 +121,7 @@ fn killed_at_any_instant_a_run_resumes_on_the_bits_of_the_whole_run() {
         let decoder = decoder();
         let mut options = options(whole.path());
         options.placement = Policy::Resident;
-        options.clip = (name == "late").then_some(0.5);
+        options.clip = (name != "early").then_some(0.5);
         let options = with_budgets(options, &decoder);
         let mut trainer = create(&decoder, &options);
         let last = known.keys().max().copied().unwrap();

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use common::{create, decoder_in, go_on, options, train, try_step, with_budgets};
 use forebay::nvme::sim::SimDisk;
 use forebay::{
-    DType, DeviceChoice, Error, ExternalStream, Options, Policy, RandomInit, Result, Trainer,
+    Ahead, DType, DeviceChoice, Error, ExternalStream, Options, Policy, RandomInit, Result, Trainer,
 };
 use forebay_decoder::Decoder;
 use forebay_kernels::cuda::{check, probe, sys};
@@ -365,11 +365,19 @@ fn a_device_that_is_lost_at_any_operation_leaves_a_generation_to_resume() {
     let Some(stub) = Stub::enter(test, &[]) else {
         return;
     };
-    for clip in [Some(0.5), None] {
-        let setup = Setup::new(DType::F32, |o| (o.placement, o.clip) = (Policy::Disk, clip));
+    // States on disk, and in pinned memory where updates run ahead of the norm.
+    for (placement, clip) in [
+        (Policy::Disk, Some(0.5)),
+        (Policy::Disk, None),
+        (Policy::Pinned, Some(0.5)),
+        (Policy::Pinned, Some(1e9)),
+    ] {
+        let setup = Setup::new(DType::F32, |o| {
+            (o.placement, o.clip, o.ahead) = (placement, clip, Ahead::Always);
+        });
         let right = setup.right(&stub);
         let operations = stub.number("executed");
-        for at in (1..operations).step_by(operations as usize / 20) {
+        for at in (1..operations).step_by(operations as usize / 12) {
             let fault = format!("LOSE={at}:719");
             let error = setup.survives(&stub, &fault, &right).unwrap_err();
             let text = error.to_string();

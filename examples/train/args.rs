@@ -53,7 +53,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) disk: Vec<PathBuf>,
     /// auto, resident, pinned or disk
-    #[arg(long, default_value = "auto", value_parser = policy)]
+    #[arg(long, default_value = "auto")]
     pub(crate) placement: Policy,
     /// Stages by which copies run ahead of compute; 0 turns overlap off
     #[arg(long, default_value_t = 2)]
@@ -82,7 +82,7 @@ pub(crate) struct Args {
     /// Update before the norm of the whole gradient is known, and do it anew where that then clips: auto (as
     /// long as it pays, where pinned memory is left for a log of 4 to 6 bytes a parameter), always, never.
     /// Results do not depend on it
-    #[arg(long, default_value = "auto", value_parser = ahead)]
+    #[arg(long, default_value = "auto")]
     pub(crate) ahead: Ahead,
     /// When to make a generation, from which --resume goes on: `every N` steps, `end` (and when
     /// stopped), or `never` (the disk is swap: half the space, and nothing survives) [default: every
@@ -133,27 +133,6 @@ impl Args {
             Ok(steps) if steps > 0 => Ok(When::Every(steps)),
             _ => bail!("--publish {number}: use every N (a number of steps), end or never"),
         }
-    }
-}
-
-fn policy(text: &str) -> std::result::Result<Policy, String> {
-    match text {
-        "auto" => Ok(Policy::Auto),
-        "resident" => Ok(Policy::Resident),
-        "pinned" => Ok(Policy::Pinned),
-        "disk" => Ok(Policy::Disk),
-        _ => Err(format!(
-            "'{text}' is not a placement: use auto, resident, pinned or disk"
-        )),
-    }
-}
-
-fn ahead(text: &str) -> std::result::Result<Ahead, String> {
-    match text {
-        "auto" => Ok(Ahead::Auto),
-        "always" => Ok(Ahead::Always),
-        "never" => Ok(Ahead::Never),
-        _ => Err(format!("'{text}': use auto, always or never")),
     }
 }
 

@@ -43,6 +43,22 @@ pub enum Policy {
     Disk,
 }
 
+impl std::str::FromStr for Policy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "resident" => Ok(Self::Resident),
+            "pinned" => Ok(Self::Pinned),
+            "disk" => Ok(Self::Disk),
+            _ => Err(format!(
+                "'{text}' is not a placement: use auto, resident, pinned or disk"
+            )),
+        }
+    }
+}
+
 /// How to place.
 #[derive(Clone, Copy, Debug)]
 pub struct PlaceOptions {

@@ -40,6 +40,19 @@ pub enum Ahead {
     Never,
 }
 
+impl std::str::FromStr for Ahead {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => Err(format!("'{text}': use auto, always or never")),
+        }
+    }
+}
+
 /// What a trainer may use and how it updates. Start from [`Options::new`].
 #[derive(Clone, Debug)]
 pub struct Options {

@@ -42,15 +42,15 @@ pub(crate) struct Step {
     /// Bytes of page-locked host memory [default: what the placement can use, up to half of what is free]
     #[arg(long)]
     pinned_budget: Option<Bytes>,
-    /// auto or pinned: whether optimizer states may stay on the device where it has room
-    #[arg(long, default_value = "pinned", value_parser = ["auto", "pinned"])]
-    placement: String,
+    /// auto, resident or pinned: with the first two optimizer states stay on the device where it has room
+    #[arg(long, default_value = "pinned", value_parser = placement)]
+    placement: Policy,
     /// Whether the norm of the gradient clips every step, or none
     #[arg(long, default_value = "never", value_parser = ["never", "always"])]
     clips: String,
     /// Update before the norm of the gradient is known: auto, always or never
-    #[arg(long, default_value = "auto", value_parser = ["auto", "always", "never"])]
-    ahead: String,
+    #[arg(long, default_value = "auto")]
+    ahead: Ahead,
     /// Steps that are timed, of each kind
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(3..=10_000))]
     steps: u32,
@@ -199,15 +199,7 @@ impl Step {
         options.device = self.device;
         options.device_budget = self.gpu_budget.map(|bytes| bytes.0);
         options.pinned_budget = self.pinned_budget.map(|bytes| bytes.0);
-        options.placement = match self.placement.as_str() {
-            "auto" => Policy::Auto,
-            _ => Policy::Pinned,
-        };
-        options.ahead = match self.ahead.as_str() {
-            "always" => Ahead::Always,
-            "never" => Ahead::Never,
-            _ => Ahead::Auto,
-        };
+        (options.placement, options.ahead) = (self.placement, self.ahead);
         // A norm that is looked at in every step, and one that every gradient exceeds.
         options.clip = Some(if self.clips == "always" { 1e-6 } else { 1e12 });
         if let Some(threads) = self.threads {
@@ -415,6 +407,14 @@ fn object(found: &Found) -> serde_json::Value {
         "bound_by": bound_by,
         "offloaded": reached(&found.ours),
     })
+}
+
+/// The disk's traffic has no ceiling here.
+fn placement(text: &str) -> std::result::Result<Policy, String> {
+    match text.parse()? {
+        Policy::Disk => Err("what is on disk is not measured here; use bench nvme".to_owned()),
+        policy => Ok(policy),
+    }
 }
 
 /// A folder of its own that goes with it.
