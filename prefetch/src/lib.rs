@@ -31,6 +31,7 @@
 mod bound;
 mod build;
 mod error;
+mod keeps;
 mod model;
 mod parts;
 mod placement;
