@@ -158,7 +158,12 @@ impl Places {
     /// Where the pieces of a section's sum of squares go.
     pub(super) fn sums_target(&self, section: SectionId) -> *mut u8 {
         let offset = section.0 as usize * SQUARE_SUMS;
-        self.sums[offset..][..SQUARE_SUMS].as_ptr().cast_mut()
+        assert!(
+            offset + SQUARE_SUMS <= self.sums.len(),
+            "a section of the model"
+        );
+        // By its address: others are being written meanwhile.
+        self.sums.address().wrapping_add(offset)
     }
 
     /// The pieces that came, added in order.
