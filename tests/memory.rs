@@ -7,10 +7,10 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{create, decoder, options, with_budgets};
+use common::{Accumulate, create, decoder, options, with_budgets};
 use forebay::{
-    Ahead, HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy, RandomInit,
-    Section, SectionId, Stage, StageId, Step, Trainer,
+    Ahead, Init, Model, Options, Pass, Policy, RandomInit, Section, SectionId, Stage, StageId,
+    Step, Trainer,
 };
 use forebay_decoder::{Config, Decoder};
 
@@ -153,23 +153,6 @@ fn nothing_is_in_memory_twice() {
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     drop(common::resume(&decoder, &options));
     peak("resumed");
-}
-
-/// Adds its input to its output. Operations of our own: the matrix product packs its factors into
-/// memory that it allocates itself, and is not the runtime.
-#[derive(Clone, Copy)]
-struct Accumulate;
-
-impl Operation for Accumulate {
-    fn name(&self) -> &'static str {
-        "accumulate"
-    }
-
-    fn host(&self, _: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
-        let (x, y) = (args.input::<f32>()?, args.output::<f32>()?);
-        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
-        Ok(())
-    }
 }
 
 const LAYERS: u32 = 12;

@@ -3,26 +3,12 @@
 
 mod common;
 
+use common::Accumulate;
+
 use forebay::{
-    HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy, RandomInit, Section,
-    SectionId, Stage, StageId, Step, Trainer,
+    Init, Model, Options, Pass, Policy, RandomInit, Section, SectionId, Stage, StageId, Step,
+    Trainer,
 };
-
-/// Adds its input to its output.
-#[derive(Clone, Copy)]
-struct Accumulate;
-
-impl Operation for Accumulate {
-    fn name(&self) -> &'static str {
-        "accumulate"
-    }
-
-    fn host(&self, _: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
-        let (x, y) = (args.input::<f32>()?, args.output::<f32>()?);
-        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
-        Ok(())
-    }
-}
 
 const FROZEN: u32 = 20;
 const WIDTH: usize = 256;

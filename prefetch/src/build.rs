@@ -40,6 +40,9 @@ struct Builder<'a> {
     /// Stage by stage, the checkpoint's slot or the task that copied it out.
     acts: Vec<Act>,
     staged_updates: u32,
+    /// The tasks of a training step that there is one of.
+    norm: Option<TaskId>,
+    commit: Option<TaskId>,
 }
 
 /// What has been planned for a section so far.
@@ -100,6 +103,8 @@ impl<'a> Builder<'a> {
             sections: vec![Progress::default(); model.sections.len()],
             acts: vec![Act::default(); stages.len()],
             staged_updates: 0,
+            norm: None,
+            commit: None,
         }
     }
 
@@ -421,6 +426,7 @@ impl<'a> Builder<'a> {
             .map(after)
             .collect();
         let norm = self.add(TaskKind::Norm, Lane::Cpu, 0, norms);
+        self.norm = Some(norm);
         let mut waiting: Vec<SectionId> = (0..self.model.sections.len() as u32)
             .map(SectionId)
             .filter(|s| self.sections[s.0 as usize].norm.is_some())
@@ -462,7 +468,7 @@ impl<'a> Builder<'a> {
             .filter(|(_, t)| ends(t))
             .map(|(id, _)| after(id))
             .collect();
-        self.add(TaskKind::Commit, Lane::Cpu, 0, deps);
+        self.commit = Some(self.add(TaskKind::Commit, Lane::Cpu, 0, deps));
     }
 
     /// What the step before must have done. Its tasks have the same ids.
@@ -472,13 +478,7 @@ impl<'a> Builder<'a> {
             ..dep
         };
         let immediate = self.placement.options().timing == Timing::Immediate;
-        let find = |kind| {
-            self.tasks
-                .iter()
-                .position(|t| t.kind == kind)
-                .map(|i| TaskId(i as u32))
-        };
-        let (norm, commit) = (find(TaskKind::Norm), find(TaskKind::Commit));
+        let (norm, commit) = (self.norm, self.commit);
         for progress in self.sections.clone() {
             // A fetch may run ahead of the stage that reads in place, and the other way round.
             let read = progress.first.is_some() || progress.mapped.is_some();
@@ -542,9 +542,6 @@ impl<'a> Builder<'a> {
             .iter()
             .position(|s| !s.grads.is_empty())
             .unwrap_or(self.stages.len());
-        let is_norm = |task: &Task| task.kind == TaskKind::Norm;
-        let norm = self.tasks.iter().position(is_norm);
-        let norm = norm.map(|index| TaskId(index as u32));
         Plan {
             tasks: self.tasks,
             stages: self.uses,
@@ -553,7 +550,7 @@ impl<'a> Builder<'a> {
             timing: options.timing,
             forward_stages,
             staged_updates: self.staged_updates,
-            norm,
+            norm: self.norm,
             undo_buffers: self.placement.undo_buffers(),
         }
     }

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use forebay::nvme::sim::SimDisk;
 use forebay::nvme::{self, Store};
-use forebay::{DType, Options, Policy, RandomInit, Result, Trainer};
+use forebay::{
+    DType, HostArgs, HostContext, Operation, Options, Policy, RandomInit, Result, Trainer,
+};
 use forebay_decoder::{Batch, Config, Decoder, Family};
 
 pub(crate) const BATCH: usize = 2;
@@ -131,4 +133,21 @@ pub(crate) fn try_step(trainer: &mut Trainer, decoder: &Decoder) -> Result<u32> 
 /// Bits of the losses of the next `steps` steps.
 pub(crate) fn train(trainer: &mut Trainer, decoder: &Decoder, steps: u64) -> Vec<u32> {
     (0..steps).map(|_| step(trainer, decoder)).collect()
+}
+
+/// Adds its input to its output, on the host device. An operation of our own: the matrix product packs its
+/// factors into memory that it allocates itself, and is not the runtime.
+#[derive(Clone, Copy)]
+pub(crate) struct Accumulate;
+
+impl Operation for Accumulate {
+    fn name(&self) -> &'static str {
+        "accumulate"
+    }
+
+    fn host(&self, _: &HostContext, mut args: HostArgs<'_>) -> std::result::Result<(), String> {
+        let (x, y) = (args.input::<f32>()?, args.output::<f32>()?);
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+        Ok(())
+    }
 }

@@ -68,10 +68,14 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let threads = plan.threads.max(1);
     let workers = Workers::new(threads, "fb-adam").map_err(Error::system("starting threads"))?;
     let free = machine::free_memory() / 2;
+    let log = |size: u64| match plan.ahead {
+        true => log_bytes(size as usize) as u64,
+        false => 0,
+    };
     let (fit, left_out): (Vec<u64>, Vec<u64>) = plan
         .sizes
         .iter()
-        .partition(|size| *size * (ROOM + 5 * u64::from(plan.ahead)) <= free);
+        .partition(|size| *size * ROOM + log(**size) <= free);
     let mut report = Report {
         isa: format!("{:?}", Isa::best()),
         threads,
@@ -81,15 +85,10 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     };
     for size in fit {
         progress(&format!("{size} parameters"));
-        let log = if plan.ahead {
-            log_bytes(size as usize) as u64
-        } else {
-            0
-        };
-        let arena = Arena::new(ROOM * size + log + 6 * 4096)?;
+        let arena = Arena::new(ROOM * size + log(size) + 6 * 4096)?;
         report.memory = arena.lock().to_string();
         let mut memory = Memory::new(&arena, size)?;
-        let mut log = arena.lease(log)?;
+        let mut log = arena.lease(log(size))?;
         log.fill(0);
         let mut bare = |streams| measure(size, |n| memory.bare(threads, streams, n));
         // Whichever way of writing is faster here is the ceiling.

@@ -5,6 +5,19 @@ use std::rc::Rc;
 
 use forebay_kernels::cuda::{CudaError, check, elapsed, sys};
 
+use crate::error::Error;
+
+/// What bare copies are called where they fail.
+pub(super) const COPIES: &str = "bare copies";
+
+/// What could not be measured, and why.
+pub(super) fn failed(what: &'static str) -> impl Fn(CudaError) -> Error {
+    move |error| Error::Measure {
+        what,
+        why: error.to_string(),
+    }
+}
+
 /// The primary context of the first device, kept, and current on the thread that took it.
 pub(super) struct Gpu {
     pub(super) device: sys::CUdevice,

@@ -9,8 +9,8 @@ use forebay_kernels::cuda::{CudaError, check, sys};
 use forebay_pinned::Arena;
 
 use super::adam::{Memory, ROOM};
-use super::gpu::{BareStream, DeviceMemory, Gpu, HostMemory};
-use crate::error::{Error, Result};
+use super::gpu::{BareStream, COPIES, DeviceMemory, Gpu, HostMemory, failed};
+use crate::error::Result;
 use crate::machine;
 use crate::nvme::bench::median;
 use crate::target::{DeviceChoice, Target};
@@ -70,7 +70,7 @@ pub fn run(plan: &Plan) -> Result<Report> {
         memory.borrow_mut().bare(threads, streams, passes);
     };
     let link = match plan.device.target(threads)? {
-        Target::Cuda => Link::Gpu(Gpus::new().map_err(failed)?),
+        Target::Cuda => Link::Gpu(Gpus::new().map_err(failed(COPIES))?),
         Target::Host { .. } => Link::Memory,
     };
     let bytes = [plan.h2d_bytes, plan.d2h_bytes];
@@ -114,13 +114,6 @@ struct Measured {
     together: Vec<f64>,
 }
 
-fn failed(error: CudaError) -> Error {
-    Error::Measure {
-        what: "bare copies",
-        why: error.to_string(),
-    }
-}
-
 enum Link {
     Gpu(Gpus),
     /// The host device's: copies of memory.
@@ -134,9 +127,9 @@ impl Link {
         let start = Instant::now();
         match self {
             Self::Gpu(gpu) => {
-                gpu.queue(bytes).map_err(failed)?;
+                gpu.queue(bytes).map_err(failed(COPIES))?;
                 meanwhile();
-                gpu.wait().map_err(failed)?;
+                gpu.wait().map_err(failed(COPIES))?;
             }
             Self::Memory => {
                 std::thread::scope(|scope| {

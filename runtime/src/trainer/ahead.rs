@@ -2,8 +2,8 @@
 //!
 //! While the backward pass goes on, the optimizer's threads have nothing that is certain to do: the norm of
 //! the whole gradient is known only at the end, and with it the clip factor, and whether the step counts at
-//! all. But clipping is rare in most of a training run, and so are gradients that are not finite. So sections whose gradients are whole are updated as if there were none, with a log of
-//! what that overwrites. If the norm then says otherwise, the old states are brought back and updated anew: the
+//! all. But clipping is rare in most of a training run, and so are gradients that are not finite. So sections
+//! whose gradients are whole are updated as if there were none, with a log of what that overwrites. If the norm then says otherwise, the old states are brought back and updated anew: the
 //! bits are those of a run that waited.
 
 use std::sync::Arc;
@@ -176,8 +176,8 @@ struct Judge {
 impl Judge {
     /// How much the newest step counts.
     const NEWEST: f64 = 1.0 / 8.0;
-    /// What is lost beside what is gained, until it was seen: the states are written back and updated again,
-    /// 24 and 28 bytes an element for 28.
+    /// What is lost beside what is gained, until it was seen: the states are brought back and updated again,
+    /// about 30 and 28 bytes an element for 28.
     const LOST: f64 = 2.0;
 
     fn saw(&mut self, stands: bool) {

@@ -350,7 +350,9 @@ impl Engine {
         if self.pass == Pass::Train {
             let busy = self.device.busy(Stream::Compute);
             self.telemetry.done(task.step, spec, busy);
-            self.ahead.done(task);
+            if matches!(spec.kind, TaskKind::Update(..)) {
+                self.ahead.done(task);
+            }
         }
         self.scheduler_mut().done(task);
     }

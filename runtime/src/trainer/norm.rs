@@ -31,8 +31,10 @@ impl Engine {
             return Ok(());
         };
         // In the order of the sections, so that the bits do not depend on that of completions.
-        let sections = (0..self.model.sections.len() as u32).map(SectionId);
-        let sum: f64 = sections.map(|section| self.places.sum(section)).sum();
+        let sum: f64 = self
+            .sections()
+            .map(|section| self.places.sum(section))
+            .sum();
         let norm = sum.sqrt();
         self.last_norm = norm;
         let scale = match self.clip {
@@ -65,8 +67,15 @@ impl Engine {
 
     /// Whether sections are updated from disk before the norm. Without clipping, that is.
     fn any_passing(&self) -> bool {
-        let mut sections = (0..self.model.sections.len() as u32).map(SectionId);
-        sections.any(|s| self.placement.grad_home(s) == GradHome::Passing)
+        self.sections().any(|section| self.passes(section))
+    }
+
+    fn sections(&self) -> impl Iterator<Item = SectionId> + use<> {
+        (0..self.model.sections.len() as u32).map(SectionId)
+    }
+
+    fn passes(&self, section: SectionId) -> bool {
+        self.placement.grad_home(section) == GradHome::Passing
     }
 
     fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
@@ -122,9 +131,9 @@ impl Engine {
             self.store.rollback();
             self.holding = false;
         }
-        for section in (0..self.model.sections.len() as u32).map(SectionId) {
+        for section in self.sections() {
             let on_disk = self.placement.param_home(section) == Tier::Disk;
-            if self.placement.grad_home(section) == GradHome::Passing && !on_disk {
+            if self.passes(section) && !on_disk {
                 self.derive_param(section)?;
             }
         }
@@ -141,13 +150,12 @@ impl Engine {
     /// Whether updates from disk that run before the norm are not through.
     fn passing_under_way(&self, step: u64) -> bool {
         let plan = Arc::clone(self.scheduler().plan());
-        let passing = |s: SectionId| self.placement.grad_home(s) == GradHome::Passing;
         (0..).map(TaskId).zip(plan.tasks()).any(|(id, task)| {
             let early = match task.kind {
                 TaskKind::Update(s, _)
                 | TaskKind::WriteOptim(s, _)
                 | TaskKind::WriteParam(s)
-                | TaskKind::PushParam(s) => passing(s),
+                | TaskKind::PushParam(s) => self.passes(s),
                 _ => false,
             };
             early && !self.scheduler().is_done(TaskRef { step, id })

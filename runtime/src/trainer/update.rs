@@ -95,7 +95,7 @@ impl StepScalars {
 
     /// Whether the step changes nothing.
     fn is_unchanged(&self) -> bool {
-        self.decayed == AdamScalars::unchanged()
+        self.decayed.is_unchanged()
     }
 
     /// Those of a run.

@@ -13,14 +13,19 @@
 //! ```
 
 mod ahead;
+mod past_caches;
 mod paths;
 mod traffic;
+
+use std::ops::Range;
 
 use half::bf16;
 
 use super::isa::Isa;
 use super::shared::Shared;
 use super::workers::Workers;
+
+use paths::{StateSlices, Value};
 
 pub use ahead::{Kept, adamw_ahead, adamw_rest, adamw_undo, log_bytes};
 pub use traffic::adam_traffic;
@@ -93,8 +98,6 @@ impl AdamScalars {
         }
     }
 
-    /// Whether these are [`AdamScalars::unchanged`]: then the gradient is not looked at, for
-    /// 0 times infinity would be NaN.
     /// In the order in which they are declared: for the device.
     pub(crate) fn as_array(&self) -> [f32; 9] {
         [
@@ -110,7 +113,9 @@ impl AdamScalars {
         ]
     }
 
-    pub(crate) fn is_unchanged(&self) -> bool {
+    /// Whether these are [`AdamScalars::unchanged`]: then the gradient is not looked at, for
+    /// 0 times infinity would be NaN.
+    pub fn is_unchanged(&self) -> bool {
         *self == Self::unchanged()
     }
 }
@@ -208,7 +213,7 @@ pub fn adamw(isa: Isa, scalars: &AdamScalars, states: States<'_>, exchange: Exch
     let len = states.master.len();
     let all = Pieces::new(states, exchange);
     // SAFETY: one piece, alive alone.
-    unsafe { all.update(isa, scalars, 0, len) };
+    unsafe { all.update(isa, scalars, 0..len) };
 }
 
 /// Updates a run of elements on all workers; the same bits as [`adamw`].
@@ -226,9 +231,9 @@ pub fn adamw_parallel(
     let len = states.master.len();
     let all = Pieces::new(states, exchange);
     workers.run(len.div_ceil(CHUNK), &|chunk, _| {
-        let (start, end) = (chunk * CHUNK, ((chunk + 1) * CHUNK).min(len));
+        let range = chunk * CHUNK..((chunk + 1) * CHUNK).min(len);
         // SAFETY: chunks do not overlap.
-        unsafe { all.update(isa, scalars, start, end) };
+        unsafe { all.update(isa, scalars, range) };
     });
 }
 
@@ -286,9 +291,17 @@ impl<'a> Pieces<'a> {
     }
 
     /// # Safety
-    /// Elements `start..end` are in no other piece alive, and this machine runs `isa`.
-    unsafe fn update(&self, isa: Isa, scalars: &AdamScalars, start: usize, end: usize) {
-        let range = start..end;
+    /// The elements are in no other piece alive, and this machine runs `isa`.
+    unsafe fn update(&self, isa: Isa, scalars: &AdamScalars, range: Range<usize>) {
+        // SAFETY: by the contract above.
+        unsafe { self.visit(range, Update(isa, scalars)) };
+    }
+
+    /// Hands a run of elements to what works on it, in the types that they have.
+    ///
+    /// # Safety
+    /// The elements are in no other piece alive; and what the visitor asks for.
+    unsafe fn visit<V: Visit>(&self, range: Range<usize>, visitor: V) -> V::Output {
         // SAFETY: disjoint by the contract above.
         unsafe {
             let states = (
@@ -298,49 +311,65 @@ impl<'a> Pieces<'a> {
             );
             match &self.sides {
                 Sides::F32(grad, param) => {
-                    paths::run(
-                        isa,
-                        scalars,
-                        states,
-                        &grad[range.clone()],
-                        param.piece(range),
-                    );
+                    visitor.apart(states, &grad[range.clone()], param.piece(range))
                 }
                 Sides::Bf16(grad, param) => {
-                    paths::run(
-                        isa,
-                        scalars,
-                        states,
-                        &grad[range.clone()],
-                        param.piece(range),
-                    );
+                    visitor.apart(states, &grad[range.clone()], param.piece(range))
                 }
                 Sides::F32ToBf16(grad, param) => {
-                    paths::run(
-                        isa,
-                        scalars,
-                        states,
-                        &grad[range.clone()],
-                        param.piece(range),
-                    );
+                    visitor.apart(states, &grad[range.clone()], param.piece(range))
                 }
                 Sides::Bf16ToF32(grad, param) => {
-                    paths::run(
-                        isa,
-                        scalars,
-                        states,
-                        &grad[range.clone()],
-                        param.piece(range),
-                    );
+                    visitor.apart(states, &grad[range.clone()], param.piece(range))
                 }
-                Sides::InPlaceF32(both) => {
-                    paths::run_in_place(isa, scalars, states, both.piece(range));
-                }
-                Sides::InPlaceBf16(both) => {
-                    paths::run_in_place(isa, scalars, states, both.piece(range));
-                }
+                Sides::InPlaceF32(both) => visitor.in_place(states, both.piece(range)),
+                Sides::InPlaceBf16(both) => visitor.in_place(states, both.piece(range)),
             }
         }
+    }
+}
+
+/// What is done to a run of elements, for every kind of exchange.
+trait Visit {
+    type Output;
+
+    /// The parameter goes elsewhere than the gradient.
+    ///
+    /// # Safety
+    /// What the implementation asks for.
+    unsafe fn apart<G: Value, P: Value>(
+        self,
+        states: StateSlices<'_>,
+        grad: &[G],
+        param: &mut [P],
+    ) -> Self::Output;
+
+    /// The parameter replaces the gradient.
+    ///
+    /// # Safety
+    /// What the implementation asks for.
+    unsafe fn in_place<T: Value>(self, states: StateSlices<'_>, both: &mut [T]) -> Self::Output;
+}
+
+/// An update. The machine runs the instruction set.
+struct Update<'s>(Isa, &'s AdamScalars);
+
+impl Visit for Update<'_> {
+    type Output = ();
+
+    unsafe fn apart<G: Value, P: Value>(
+        self,
+        states: StateSlices<'_>,
+        grad: &[G],
+        param: &mut [P],
+    ) {
+        // SAFETY: the machine runs it.
+        unsafe { paths::run(self.0, self.1, states, grad, param) };
+    }
+
+    unsafe fn in_place<T: Value>(self, states: StateSlices<'_>, both: &mut [T]) {
+        // SAFETY: the machine runs it.
+        unsafe { paths::run_in_place(self.0, self.1, states, both) };
     }
 }
 

@@ -6,12 +6,13 @@
 
 use half::bf16;
 
+use super::past_caches::{self, Line};
 use super::{AdamScalars, element};
 use crate::cpu::cast::round_to_bf16;
 use crate::cpu::isa::Isa;
 
 /// A type in which gradients come and parameters leave.
-pub(super) trait Value: Copy {
+pub(super) trait Value: bytemuck::Pod {
     fn get(self) -> f32;
     fn put(value: f32) -> Self;
 }
@@ -39,66 +40,35 @@ impl Value for bf16 {
 }
 
 /// Elements that fill a line of the caches in bf16.
-const LINE: usize = 32;
-
-/// A line of results on its way to memory.
-#[repr(align(64))]
-struct Line([bf16; LINE]);
+const LINE: usize = past_caches::LINE / 2;
 
 /// Fills `out` by index, past the caches where whole lines of it go: what is written is not read again here,
 /// and a line that is only written need not be read first.
 #[inline(always)]
 pub(super) fn streamed(out: &mut [bf16], mut value: impl FnMut(usize) -> bf16) {
-    let head = out.as_ptr().align_offset(64).min(out.len());
+    let head = past_caches::head(out);
     for (i, out) in out[..head].iter_mut().enumerate() {
         *out = value(i);
     }
     let mut done = head;
     let (lines, tail) = out[head..].as_chunks_mut::<LINE>();
     for line in lines {
-        let mut room = Line([bf16::ZERO; LINE]);
-        for (k, out) in room.0.iter_mut().enumerate() {
+        let mut room = Line([0; past_caches::LINE]);
+        let values: &mut [bf16; LINE] = bytemuck::cast_mut(&mut room.0);
+        for (k, out) in values.iter_mut().enumerate() {
             *out = value(done + k);
         }
-        store_past_caches(line, &room);
+        past_caches::store(bytemuck::cast_mut(line), &room.0);
         done += LINE;
     }
     for (k, out) in tail.iter_mut().enumerate() {
         *out = value(done + k);
     }
-    fence();
+    past_caches::fence();
 }
 
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn store_past_caches(to: &mut [bf16; LINE], from: &Line) {
-    use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_stream_si128};
-    let (to, from) = (
-        to.as_mut_ptr().cast::<__m128i>(),
-        std::ptr::from_ref(from).cast::<__m128i>(),
-    );
-    for part in 0..4 {
-        // SAFETY: lines of 64 bytes, aligned to as many (`streamed` began at one).
-        unsafe { _mm_stream_si128(to.add(part), _mm_load_si128(from.add(part))) };
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-fn store_past_caches(to: &mut [bf16; LINE], from: &Line) {
-    *to = from.0;
-}
-
-/// What went past the caches is seen by others in order with what comes next.
-pub(super) fn fence() {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: an instruction of every x86-64.
-    unsafe {
-        std::arch::x86_64::_mm_sfence();
-    }
-}
-
-type StateSlices<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
+/// Of master, first and second moment.
+pub(super) type StateSlices<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
 
 #[inline(always)]
 fn split<G: Value, P: Value>(

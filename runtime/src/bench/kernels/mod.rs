@@ -14,7 +14,7 @@ use forebay_kernels::cuda::{
     CudaError, Element, Kernels as Compiled, check, libraries, probe, sys,
 };
 
-use super::gpu::{BareStream, DeviceMemory, Gpu};
+use super::gpu::{BareStream, DeviceMemory, Gpu, failed};
 use crate::error::{Error, Result};
 use crate::nvme::bench::median;
 use cases::{Case, Done, Fill, Places};
@@ -148,13 +148,6 @@ pub fn run(shapes: Shapes, launches: u32, progress: &mut dyn FnMut(&str)) -> Res
         rows: timed.into_iter().map(row).collect(),
         step_seconds: step,
     })
-}
-
-fn failed(what: &'static str) -> impl Fn(CudaError) -> Error {
-    move |error| Error::Measure {
-        what,
-        why: error.to_string(),
-    }
 }
 
 /// Bytes of random values that operands are filled with, over and over.

@@ -7,9 +7,9 @@ use std::time::Instant;
 use forebay_kernels::cuda::{CudaError, check, sys};
 
 use super::super::Slice;
-use super::super::gpu::{BareStream, DeviceMemory, Gpu, HostMemory};
+use super::super::gpu::{BareStream, COPIES, DeviceMemory, Gpu, HostMemory, failed};
 use super::{Batch, Places};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::nvme::bench::{cpu_seconds, noise};
 
 /// See the module.
@@ -21,7 +21,7 @@ pub(super) enum Bare {
 
 impl Bare {
     pub(super) fn cuda(window: u64) -> Result<Self> {
-        let cuda = Cuda::new(window).map_err(failed)?;
+        let cuda = Cuda::new(window).map_err(failed(COPIES))?;
         Ok(Self::Cuda(Box::new(cuda)))
     }
 
@@ -34,20 +34,13 @@ impl Bare {
         match self {
             // SAFETY: by the contract above.
             Self::Host(places) => unsafe { memory(*places, batch) },
-            Self::Cuda(cuda) => cuda.copies(batch).map_err(failed)?,
+            Self::Cuda(cuda) => cuda.copies(batch).map_err(failed(COPIES))?,
         }
         Ok(Slice {
             bytes: batch.bytes(),
             seconds: start.elapsed().as_secs_f64(),
             cpu_seconds: cpu_seconds() - cpu,
         })
-    }
-}
-
-fn failed(error: CudaError) -> Error {
-    Error::Measure {
-        what: "bare copies",
-        why: error.to_string(),
     }
 }
 

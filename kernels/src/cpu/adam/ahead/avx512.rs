@@ -15,14 +15,14 @@ use std::arch::x86_64::{
 };
 
 use super::super::AdamScalars;
-use super::super::paths::Value;
-use super::log::{self, BLOCK, Back, Room, Triple, UNIT, Writer};
+use super::super::paths::{StateSlices, Value};
+use super::log::{self, BLOCK, Back, Room, Writer};
 
 /// As [`log::ahead`].
 #[target_feature(enable = "avx2,fma,avx512f")]
 pub(super) fn ahead<G: Value, P: Value>(
     s: &AdamScalars,
-    states: Triple<'_>,
+    states: StateSlices<'_>,
     grad: &[G],
     param: &mut [P],
     room: &mut Room,
@@ -75,9 +75,8 @@ pub(super) fn ahead<G: Value, P: Value>(
             store_steps(step, &mut writer.steps(which)[range.clone()]);
         }
         if far[0] | far[1] | far[2] != 0 && !write_out(&mut writer, block, far, old) {
-            let quotient: &mut [f32; UNIT] = &mut [0.0; UNIT];
             let states = (&mut p[..at], &mut m[..at], &mut v[..at]);
-            log::undo(s, states, &grad[..at], writer.written(), quotient);
+            log::undo(s, states, &grad[..at], writer.written(), &mut room.quotient);
             return None;
         }
         store(new_p, &mut p[range.clone()]);

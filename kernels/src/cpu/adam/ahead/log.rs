@@ -1,14 +1,14 @@
 //! The log of a unit, and the loops that write and read it on any machine: simple ones, one after the other,
 //! over what is in the nearest caches, for that is what compilers make fast.
 
-use super::super::paths::Value;
+use super::super::past_caches::LINE;
+use super::super::paths::{StateSlices, Value};
 use super::super::{AdamScalars, element};
 
 /// Elements that are logged together: while they are at work, the log is in the first-level cache.
 pub(super) const UNIT: usize = 1024;
 /// Elements whose old values are written out together: a line of the caches of each state.
 pub(super) const BLOCK: usize = 16;
-pub(super) const LINE: usize = 64;
 /// Bytes of a unit's log: a line that says whether it was updated, for each block which states are written out,
 /// three bytes an element, and room for what is written out.
 pub(super) const UNIT_LOG: usize = 4 * UNIT + 2 * LINE;
@@ -17,15 +17,13 @@ const MASKS: usize = LINE;
 const STEPS: usize = MASKS + UNIT / BLOCK;
 const OUT: usize = STEPS + 3 * UNIT;
 
-pub(super) type Triple<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
-
 /// What a worker needs for a unit, on its stack and so in its caches.
 #[repr(align(64))]
 pub(super) struct Room {
     pub(super) log: [u8; UNIT_LOG],
     /// The states before: master, first and second moment.
     old: [[f32; UNIT]; 3],
-    quotient: [f32; UNIT],
+    pub(super) quotient: [f32; UNIT],
     /// By state, elements whose distance does not fit into a byte.
     far: [[u8; UNIT]; 3],
 }
@@ -38,10 +36,6 @@ impl Room {
             quotient: [0.0; UNIT],
             far: [[0; UNIT]; 3],
         }
-    }
-
-    pub(super) fn quotient(&mut self) -> &mut [f32; UNIT] {
-        &mut self.quotient
     }
 }
 
@@ -157,7 +151,7 @@ fn distances<T: Value>(
 #[inline(always)]
 pub(super) fn ahead<G: Value, P: Value>(
     s: &AdamScalars,
-    states: Triple<'_>,
+    states: StateSlices<'_>,
     grad: &[G],
     param: &mut [P],
     room: &mut Room,
@@ -208,7 +202,7 @@ pub(super) fn ahead<G: Value, P: Value>(
 #[inline(always)]
 pub(super) fn undo<G: Value>(
     s: &AdamScalars,
-    states: Triple<'_>,
+    states: StateSlices<'_>,
     grad: &[G],
     log: &[u8],
     quotient: &mut [f32; UNIT],

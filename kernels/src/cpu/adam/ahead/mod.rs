@@ -6,14 +6,16 @@
 //! of the last place, in one byte. Where that does not fit (a value that was tiny beside what was added to it),
 //! the old values of a block stand in the log as they are. So it is 3 to 4 bytes an element, and exact.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::paths::{Value, fence};
-use super::{AdamScalars, CHUNK, Exchange, Pieces, Sides, States};
+use super::past_caches::{self, LINE};
+use super::paths::{StateSlices, Value};
+use super::{AdamScalars, CHUNK, Exchange, Pieces, States, Visit};
 use crate::cpu::isa::Isa;
 use crate::cpu::shared::Shared;
 use crate::cpu::workers::Workers;
-use log::{LINE, Room, Triple, UNIT, UNIT_LOG, WHOLE};
+use log::{Room, UNIT, UNIT_LOG, WHOLE};
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -58,7 +60,7 @@ pub fn adamw_ahead(
 ) -> usize {
     let left = AtomicUsize::new(0);
     units(workers, isa, states, exchange, kept, &|unit, room| {
-        let elements = unit.end - unit.start;
+        let elements = unit.range.len();
         // SAFETY: units do not overlap, and the machine runs it (checked).
         if !unsafe { unit.ahead(isa, scalars, room) } {
             left.fetch_add(elements, Ordering::Relaxed);
@@ -82,7 +84,7 @@ pub fn adamw_rest(
     units(workers, isa, states, exchange, kept, &|unit, _| {
         if !unit.whole() {
             // SAFETY: units do not overlap, and the machine runs it (checked).
-            unsafe { unit.all.update(isa, scalars, unit.start, unit.end) };
+            unsafe { unit.all.update(isa, scalars, unit.range) };
         }
     });
 }
@@ -141,46 +143,29 @@ fn units(
             };
             let unit = Unit {
                 all: &all,
-                start,
-                end,
+                range: start..end,
                 log,
                 grad,
             };
             f(unit, &mut room);
         }
         // What went past the caches is there before the chunk counts as done.
-        fence();
+        past_caches::fence();
     });
 }
 
 /// Elements that are logged together.
 struct Unit<'u, 'a> {
     all: &'u Pieces<'a>,
-    start: usize,
-    end: usize,
+    range: Range<usize>,
     log: &'u mut [u8],
     /// The bytes of the gradient, if the parameter takes its place.
     grad: &'u mut [u8],
 }
 
-impl<'u> Unit<'u, '_> {
+impl Unit<'_, '_> {
     fn whole(&self) -> bool {
         self.log[0] == WHOLE
-    }
-
-    /// # Safety
-    /// Its elements are in no other piece alive.
-    unsafe fn states(&self) -> Triple<'u> {
-        let range = self.start..self.end;
-        let Pieces { master, m, v, .. }: &'u Pieces<'_> = self.all;
-        // SAFETY: disjoint by the contract above.
-        unsafe {
-            (
-                master.piece(range.clone()),
-                m.piece(range.clone()),
-                v.piece(range),
-            )
-        }
     }
 
     /// Updates it and writes the log; whether that fit.
@@ -188,115 +173,100 @@ impl<'u> Unit<'u, '_> {
     /// # Safety
     /// Its elements are in no other piece alive, and this machine runs `isa`.
     unsafe fn ahead(self, isa: Isa, scalars: &AdamScalars, room: &mut Room) -> bool {
-        let range = self.start..self.end;
-        // SAFETY: disjoint by the contract above.
-        let used = unsafe {
-            let states = self.states();
-            match &self.all.sides {
-                Sides::F32(grad, param) => run_ahead(
-                    isa,
-                    scalars,
-                    states,
-                    &grad[range.clone()],
-                    param.piece(range),
-                    room,
-                ),
-                Sides::Bf16(grad, param) => run_ahead(
-                    isa,
-                    scalars,
-                    states,
-                    &grad[range.clone()],
-                    param.piece(range),
-                    room,
-                ),
-                Sides::F32ToBf16(grad, param) => run_ahead(
-                    isa,
-                    scalars,
-                    states,
-                    &grad[range.clone()],
-                    param.piece(range),
-                    room,
-                ),
-                Sides::Bf16ToF32(grad, param) => run_ahead(
-                    isa,
-                    scalars,
-                    states,
-                    &grad[range.clone()],
-                    param.piece(range),
-                    room,
-                ),
-                Sides::InPlaceF32(both) => {
-                    in_place(isa, scalars, states, both.piece(range), self.grad, room)
-                }
-                Sides::InPlaceBf16(both) => {
-                    in_place(isa, scalars, states, both.piece(range), self.grad, room)
-                }
-            }
+        let work = Ahead {
+            isa,
+            scalars,
+            kept: self.grad,
+            room: &mut *room,
         };
+        // SAFETY: by the contract above.
+        let used = unsafe { self.all.visit(self.range, work) };
         if used.is_none() {
             room.log[0] = 0;
         }
-        past_caches(&mut self.log[..used.unwrap_or(LINE)], &room.log);
+        past_caches::copy(&mut self.log[..used.unwrap_or(LINE)], &room.log);
         used.is_some()
     }
 
     /// # Safety
     /// As for [`Unit::ahead`].
     unsafe fn undo(self, isa: Isa, scalars: &AdamScalars, room: &mut Room) {
-        let range = self.start..self.end;
-        let log: &[u8] = self.log;
-        // SAFETY: disjoint by the contract above.
-        unsafe {
-            let states = self.states();
-            match &self.all.sides {
-                Sides::F32(grad, _) | Sides::F32ToBf16(grad, _) => {
-                    run_undo(isa, scalars, states, &grad[range], log, room);
-                }
-                Sides::Bf16(grad, _) | Sides::Bf16ToF32(grad, _) => {
-                    run_undo(isa, scalars, states, &grad[range], log, room);
-                }
-                Sides::InPlaceF32(both) => {
-                    let both = both.piece(range);
-                    bytemuck::cast_slice_mut(both).copy_from_slice(self.grad);
-                    run_undo(isa, scalars, states, both, log, room);
-                }
-                Sides::InPlaceBf16(both) => {
-                    let both = both.piece(range);
-                    bytemuck::cast_slice_mut(both).copy_from_slice(self.grad);
-                    run_undo(isa, scalars, states, both, log, room);
-                }
-            }
-        }
+        let work = Undo {
+            isa,
+            scalars,
+            log: self.log,
+            kept: self.grad,
+            room,
+        };
+        // SAFETY: by the contract above.
+        unsafe { self.all.visit(self.range, work) };
     }
 }
 
-/// # Safety
-/// This machine runs `isa`.
-unsafe fn in_place<T: Value + bytemuck::Pod>(
+/// An update with its log: the bytes of it that are used, if it fits. The machine runs the instruction set.
+struct Ahead<'w> {
     isa: Isa,
-    scalars: &AdamScalars,
-    states: Triple<'_>,
-    both: &mut [T],
-    kept: &mut [u8],
-    room: &mut Room,
-) -> Option<usize> {
-    let mut grad = [T::zeroed(); UNIT];
-    let grad = &mut grad[..both.len()];
-    grad.copy_from_slice(both);
-    // SAFETY: by the contract above.
-    let used = unsafe { run_ahead(isa, scalars, states, grad, both, room) };
-    match used {
-        Some(_) => past_caches(kept, bytemuck::cast_slice(grad)),
-        None => both.copy_from_slice(grad),
+    scalars: &'w AdamScalars,
+    kept: &'w mut [u8],
+    room: &'w mut Room,
+}
+
+impl Visit for Ahead<'_> {
+    type Output = Option<usize>;
+
+    unsafe fn apart<G: Value, P: Value>(
+        self,
+        states: StateSlices<'_>,
+        grad: &[G],
+        param: &mut [P],
+    ) -> Option<usize> {
+        // SAFETY: the machine runs it.
+        unsafe { run_ahead(self.isa, self.scalars, states, grad, param, self.room) }
     }
-    used
+
+    unsafe fn in_place<T: Value>(self, states: StateSlices<'_>, both: &mut [T]) -> Option<usize> {
+        let mut grad = [T::zeroed(); UNIT];
+        let grad = &mut grad[..both.len()];
+        grad.copy_from_slice(both);
+        // SAFETY: the machine runs it.
+        let used = unsafe { run_ahead(self.isa, self.scalars, states, grad, both, self.room) };
+        match used {
+            Some(_) => past_caches::copy(self.kept, bytemuck::cast_slice(grad)),
+            None => both.copy_from_slice(grad),
+        }
+        used
+    }
+}
+
+/// What takes that back. The machine runs the instruction set.
+struct Undo<'w> {
+    isa: Isa,
+    scalars: &'w AdamScalars,
+    log: &'w [u8],
+    kept: &'w [u8],
+    room: &'w mut Room,
+}
+
+impl Visit for Undo<'_> {
+    type Output = ();
+
+    unsafe fn apart<G: Value, P: Value>(self, states: StateSlices<'_>, grad: &[G], _: &mut [P]) {
+        // SAFETY: the machine runs it.
+        unsafe { run_undo(self.isa, self.scalars, states, grad, self.log, self.room) };
+    }
+
+    unsafe fn in_place<T: Value>(self, states: StateSlices<'_>, both: &mut [T]) {
+        bytemuck::cast_slice_mut(both).copy_from_slice(self.kept);
+        // SAFETY: the machine runs it.
+        unsafe { run_undo(self.isa, self.scalars, states, both, self.log, self.room) };
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn ahead_avx2<G: Value, P: Value>(
     s: &AdamScalars,
-    states: Triple<'_>,
+    states: StateSlices<'_>,
     grad: &[G],
     param: &mut [P],
     room: &mut Room,
@@ -308,12 +278,12 @@ fn ahead_avx2<G: Value, P: Value>(
 #[target_feature(enable = "avx2,fma")]
 fn undo_avx2<G: Value>(
     s: &AdamScalars,
-    states: Triple<'_>,
+    states: StateSlices<'_>,
     grad: &[G],
     log: &[u8],
     room: &mut Room,
 ) {
-    log::undo(s, states, grad, log, room.quotient());
+    log::undo(s, states, grad, log, &mut room.quotient);
 }
 
 /// # Safety
@@ -321,7 +291,7 @@ fn undo_avx2<G: Value>(
 unsafe fn run_ahead<G: Value, P: Value>(
     isa: Isa,
     s: &AdamScalars,
-    states: Triple<'_>,
+    states: StateSlices<'_>,
     grad: &[G],
     param: &mut [P],
     room: &mut Room,
@@ -342,7 +312,7 @@ unsafe fn run_ahead<G: Value, P: Value>(
 unsafe fn run_undo<G: Value>(
     isa: Isa,
     s: &AdamScalars,
-    states: Triple<'_>,
+    states: StateSlices<'_>,
     grad: &[G],
     log: &[u8],
     room: &mut Room,
@@ -351,41 +321,6 @@ unsafe fn run_undo<G: Value>(
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above; what has AVX-512 has AVX2.
         Isa::Avx2 | Isa::Avx512 => unsafe { undo_avx2(s, states, grad, log, room) },
-        _ => log::undo(s, states, grad, log, room.quotient()),
+        _ => log::undo(s, states, grad, log, &mut room.quotient),
     }
-}
-
-/// Copies as much of `from` as `to` is long, past the caches where whole lines of `to` are written: they are
-/// not read again soon, and a line that is only written need not be read first.
-fn past_caches(to: &mut [u8], from: &[u8]) {
-    let head = to.as_ptr().align_offset(LINE).min(to.len());
-    let from = &from[..to.len()];
-    to[..head].copy_from_slice(&from[..head]);
-    let (to, from) = (&mut to[head..], &from[head..]);
-    let (lines, tail) = to.as_chunks_mut::<LINE>();
-    let (from, from_tail) = from.as_chunks::<LINE>();
-    for (to, from) in lines.iter_mut().zip(from) {
-        line_past_caches(to, from);
-    }
-    tail.copy_from_slice(from_tail);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn line_past_caches(to: &mut [u8; LINE], from: &[u8; LINE]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    let (to, from) = (
-        to.as_mut_ptr().cast::<__m128i>(),
-        from.as_ptr().cast::<__m128i>(),
-    );
-    for part in 0..4 {
-        // SAFETY: lines of 64 bytes; `to` is aligned to as many (`past_caches` began at such a one).
-        unsafe { _mm_stream_si128(to.add(part), _mm_loadu_si128(from.add(part))) };
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-fn line_past_caches(to: &mut [u8; LINE], from: &[u8; LINE]) {
-    *to = *from;
 }
