@@ -5,6 +5,11 @@ use forebay_kernels::cuda::{Element, ops};
 
 use super::gpu::{Buffer, floats, on_a_gpu};
 
+/// Under a tool that watches every access the larger cases take minutes, and show nothing new.
+fn short() -> bool {
+    std::env::var_os("FOREBAY_SHORT").is_some()
+}
+
 #[test]
 fn attention_agrees() {
     on_a_gpu(|t| {
@@ -24,13 +29,14 @@ fn attention_agrees() {
             (1, 200, 8, 1, 64),
             (2, 190, 3, 3, 96),
             (1, 130, 4, 2, 32),
+            (1, 65, 2, 1, 128),
+            (1, 70, 2, 2, 96),
             (5, 150, 16, 8, 64),
             (1, 1024, 8, 4, 128),
             (2, 1024, 2, 1, 64),
         ] {
-            // Under a tool that watches every access the larger ones take minutes, and show nothing new.
-            let large = batch * seq * heads * head_dim > 50_000;
-            if large && std::env::var_os("FOREBAY_SHORT").is_some() {
+            let large = batch * seq * heads * head_dim > 20_000;
+            if large && short() {
                 continue;
             }
             let dims = host::AttentionDims {
@@ -106,7 +112,9 @@ fn attention_agrees() {
 #[test]
 fn attention_repeats_its_bits() {
     on_a_gpu(|t| {
-        for (batch, seq, heads, kv_heads, head_dim) in [(4, 333, 8, 2, 128), (2, 512, 16, 16, 64)] {
+        let large = [(4, 333, 8, 2, 128), (2, 512, 16, 16, 64)];
+        let small = [(1, 100, 2, 1, 128), (1, 130, 2, 2, 64)];
+        for (batch, seq, heads, kv_heads, head_dim) in if short() { small } else { large } {
             let dims = host::AttentionDims {
                 batch,
                 seq,

@@ -410,9 +410,9 @@ __device__ void backward_kv(const bf16* q, const bf16* k, const bf16* v, const f
                     }
                     write16(room + 512 * (4 * m + c), p[m][c][0], p[m][c][1], p[m][c][2], p[m][c][3]);
                 }
-            hand_over(1 + warp % 2);
+            meet(1 + warp % 2);
         } else {
-            take_over(1 + warp % 2);
+            meet(1 + warp % 2);
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 float mean[2][2];
