@@ -5,6 +5,7 @@ mod cast;
 mod isa;
 mod norm;
 pub mod ops;
+mod optim;
 mod shared;
 mod workers;
 
@@ -16,4 +17,8 @@ pub use cast::{bf16_to_f32, f32_to_bf16, round_to_bf16};
 pub use isa::Isa;
 pub use norm::{NormIn, SquareSum, square_sum};
 pub(crate) use norm::{PIECES as SQUARE_SUM_PIECES, strand_of as square_sum_strand};
+pub use optim::{
+    Adagrad, Lamb, Lion, Master, Moment, Optimizer, Scalars, Sgd, StateFormat, Stored, update,
+    update_ahead, update_rest, update_undo,
+};
 pub use workers::Workers;

@@ -9,7 +9,7 @@ use super::workers::Workers;
 /// and of strands and lanes, that a GPU adds in this order at the speed of its memory.
 pub(crate) const PIECES: usize = 512;
 /// Strands of a piece.
-const STRANDS: usize = 16;
+pub(crate) const STRANDS: usize = 16;
 /// Lanes of a strand: each adds every 16th value.
 const LANES: usize = 16;
 

@@ -21,7 +21,7 @@ macro_rules! source {
     };
 }
 
-const SOURCES: [Source; 8] = [
+const SOURCES: [Source; 9] = [
     source!("adam", false),
     source!("attention", true),
     Source {
@@ -36,6 +36,7 @@ const SOURCES: [Source; 8] = [
     source!("elementwise", true),
     source!("embedding", true),
     source!("norm", true),
+    source!("optimizers", false),
     source!("rope", false),
 ];
 

@@ -15,6 +15,7 @@ mod kernels;
 mod library;
 mod matmul;
 pub mod ops;
+mod optimizers;
 
 pub use error::{CudaError, check};
 pub use kernels::{Args, Element, Kernels};

@@ -11,6 +11,7 @@ pub use super::attention::{attention, attention_backward, attention_backward_scr
 use super::error::CudaError;
 use super::kernels::{Args, Element, Kernels};
 use super::matmul::{Product, workspace};
+pub use super::optimizers::{LAMB_SUMS, StatesAt, update};
 use crate::cpu::ops::{ClassifierDims, Direction, RopeDims};
 use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_strand};
 

@@ -13,8 +13,8 @@
 //! ```
 
 mod ahead;
-mod past_caches;
-mod paths;
+pub(super) mod past_caches;
+pub(super) mod paths;
 mod traffic;
 
 use std::ops::Range;
@@ -31,7 +31,7 @@ pub use ahead::{Kept, adamw_ahead, adamw_rest, adamw_undo, log_bytes};
 pub use traffic::adam_traffic;
 
 /// Elements that one worker takes at a time: 28 bytes each, about a second-level cache.
-const CHUNK: usize = 32 << 10;
+pub(super) const CHUNK: usize = 32 << 10;
 
 /// Constants of AdamW, as `torch.optim.AdamW` names them.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -192,7 +192,7 @@ impl Exchange<'_> {
         }
     }
 
-    fn lens(&self) -> (usize, usize) {
+    pub(super) fn lens(&self) -> (usize, usize) {
         match self {
             Self::F32 { grad, param } => (grad.len(), param.len()),
             Self::InPlaceF32(both) => (both.len(), both.len()),
@@ -238,7 +238,7 @@ pub fn adamw_parallel(
 }
 
 /// Gradient and parameter as shared memory.
-enum Sides<'a> {
+pub(super) enum Sides<'a> {
     F32(&'a [f32], Shared<'a, f32>),
     InPlaceF32(Shared<'a, f32>),
     Bf16(&'a [bf16], Shared<'a, bf16>),
@@ -247,9 +247,42 @@ enum Sides<'a> {
     Bf16ToF32(&'a [bf16], Shared<'a, f32>),
 }
 
-impl Sides<'_> {
+impl<'a> Sides<'a> {
+    pub(super) fn new(exchange: Exchange<'a>) -> Self {
+        match exchange {
+            Exchange::F32 { grad, param } => Self::F32(grad, Shared::new(param)),
+            Exchange::InPlaceF32(both) => Self::InPlaceF32(Shared::new(both)),
+            Exchange::Bf16 { grad, param } => Self::Bf16(grad, Shared::new(param)),
+            Exchange::InPlaceBf16(both) => Self::InPlaceBf16(Shared::new(both)),
+            Exchange::F32ToBf16 { grad, param } => Self::F32ToBf16(grad, Shared::new(param)),
+            Exchange::Bf16ToF32 { grad, param } => Self::Bf16ToF32(grad, Shared::new(param)),
+        }
+    }
+
+    /// Hands gradient and parameter of a run of elements to what works on them, in the types that they have.
+    ///
+    /// # Safety
+    /// The elements are in no other piece alive; and what the visitor asks for.
+    pub(super) unsafe fn visit<V: VisitSides>(&self, range: Range<usize>, visitor: V) -> V::Output {
+        // SAFETY: disjoint by the contract above.
+        unsafe {
+            match self {
+                Self::F32(grad, param) => visitor.apart(&grad[range.clone()], param.piece(range)),
+                Self::Bf16(grad, param) => visitor.apart(&grad[range.clone()], param.piece(range)),
+                Self::F32ToBf16(grad, param) => {
+                    visitor.apart(&grad[range.clone()], param.piece(range))
+                }
+                Self::Bf16ToF32(grad, param) => {
+                    visitor.apart(&grad[range.clone()], param.piece(range))
+                }
+                Self::InPlaceF32(both) => visitor.in_place(both.piece(range)),
+                Self::InPlaceBf16(both) => visitor.in_place(both.piece(range)),
+            }
+        }
+    }
+
     /// Bytes of an element of a gradient that the parameter replaces; 0 if it does not.
-    fn bytes_in_place(&self) -> usize {
+    pub(super) fn bytes_in_place(&self) -> usize {
         match self {
             Self::InPlaceF32(_) => 4,
             Self::InPlaceBf16(_) => 2,
@@ -274,19 +307,11 @@ impl<'a> Pieces<'a> {
             .iter()
             .all(|l| *l == len);
         assert!(same, "states, gradient and parameter differ in length");
-        let sides = match exchange {
-            Exchange::F32 { grad, param } => Sides::F32(grad, Shared::new(param)),
-            Exchange::InPlaceF32(both) => Sides::InPlaceF32(Shared::new(both)),
-            Exchange::Bf16 { grad, param } => Sides::Bf16(grad, Shared::new(param)),
-            Exchange::InPlaceBf16(both) => Sides::InPlaceBf16(Shared::new(both)),
-            Exchange::F32ToBf16 { grad, param } => Sides::F32ToBf16(grad, Shared::new(param)),
-            Exchange::Bf16ToF32 { grad, param } => Sides::Bf16ToF32(grad, Shared::new(param)),
-        };
         Self {
             master: Shared::new(states.master),
             m: Shared::new(states.m),
             v: Shared::new(states.v),
-            sides,
+            sides: Sides::new(exchange),
         }
     }
 
@@ -309,23 +334,42 @@ impl<'a> Pieces<'a> {
                 self.m.piece(range.clone()),
                 self.v.piece(range.clone()),
             );
-            match &self.sides {
-                Sides::F32(grad, param) => {
-                    visitor.apart(states, &grad[range.clone()], param.piece(range))
-                }
-                Sides::Bf16(grad, param) => {
-                    visitor.apart(states, &grad[range.clone()], param.piece(range))
-                }
-                Sides::F32ToBf16(grad, param) => {
-                    visitor.apart(states, &grad[range.clone()], param.piece(range))
-                }
-                Sides::Bf16ToF32(grad, param) => {
-                    visitor.apart(states, &grad[range.clone()], param.piece(range))
-                }
-                Sides::InPlaceF32(both) => visitor.in_place(states, both.piece(range)),
-                Sides::InPlaceBf16(both) => visitor.in_place(states, both.piece(range)),
-            }
+            self.sides.visit(range, WithStates(states, visitor))
         }
+    }
+}
+
+/// What works on gradient and parameter, for every kind of exchange.
+pub(super) trait VisitSides {
+    type Output;
+
+    /// The parameter goes elsewhere than the gradient.
+    ///
+    /// # Safety
+    /// What the implementation asks for.
+    unsafe fn apart<G: Value, P: Value>(self, grad: &[G], param: &mut [P]) -> Self::Output;
+
+    /// The parameter replaces the gradient.
+    ///
+    /// # Safety
+    /// What the implementation asks for.
+    unsafe fn in_place<T: Value>(self, both: &mut [T]) -> Self::Output;
+}
+
+/// What works on states besides.
+struct WithStates<'s, V>(StateSlices<'s>, V);
+
+impl<V: Visit> VisitSides for WithStates<'_, V> {
+    type Output = V::Output;
+
+    unsafe fn apart<G: Value, P: Value>(self, grad: &[G], param: &mut [P]) -> V::Output {
+        // SAFETY: by the same contract.
+        unsafe { self.1.apart(self.0, grad, param) }
+    }
+
+    unsafe fn in_place<T: Value>(self, both: &mut [T]) -> V::Output {
+        // SAFETY: by the same contract.
+        unsafe { self.1.in_place(self.0, both) }
     }
 }
 
@@ -375,7 +419,7 @@ impl Visit for Update<'_> {
 
 /// One element: `(master, m, v)` after the step.
 #[inline(always)]
-fn element(s: &AdamScalars, grad: f32, p: f32, m: f32, v: f32) -> (f32, f32, f32) {
+pub(super) fn element(s: &AdamScalars, grad: f32, p: f32, m: f32, v: f32) -> (f32, f32, f32) {
     let g = grad * s.grad_scale;
     let m = s.beta1.mul_add(m, s.one_minus_beta1 * g);
     let v = s.beta2.mul_add(v, (s.one_minus_beta2 * g) * g);

@@ -2,22 +2,22 @@
 //! read first.
 
 /// Bytes of a line of the caches.
-pub(super) const LINE: usize = 64;
+pub(in crate::cpu) const LINE: usize = 64;
 
 /// A line, aligned as lines are.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-pub(super) struct Line(pub(super) [u8; LINE]);
+pub(in crate::cpu) struct Line(pub(in crate::cpu) [u8; LINE]);
 
 /// Elements of `to` before its first whole line.
-pub(super) fn head<T>(to: &[T]) -> usize {
+pub(in crate::cpu) fn head<T>(to: &[T]) -> usize {
     to.as_ptr().align_offset(LINE).min(to.len())
 }
 
 /// Stores a line. [`fence`] makes it seen.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(super) fn store(to: &mut [u8; LINE], from: &[u8; LINE]) {
+pub(in crate::cpu) fn store(to: &mut [u8; LINE], from: &[u8; LINE]) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
     let (to, from) = (
         to.as_mut_ptr().cast::<__m128i>(),
@@ -32,12 +32,12 @@ pub(super) fn store(to: &mut [u8; LINE], from: &[u8; LINE]) {
 
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
-pub(super) fn store(to: &mut [u8; LINE], from: &[u8; LINE]) {
+pub(in crate::cpu) fn store(to: &mut [u8; LINE], from: &[u8; LINE]) {
     *to = *from;
 }
 
 /// Copies as much of `from` as `to` is long, whole lines of it past the caches. [`fence`] makes it seen.
-pub(super) fn copy(to: &mut [u8], from: &[u8]) {
+pub(in crate::cpu) fn copy(to: &mut [u8], from: &[u8]) {
     let head = head(to);
     let from = &from[..to.len()];
     to[..head].copy_from_slice(&from[..head]);
@@ -51,7 +51,7 @@ pub(super) fn copy(to: &mut [u8], from: &[u8]) {
 }
 
 /// What went past the caches is seen by others in order with what comes next.
-pub(super) fn fence() {
+pub(in crate::cpu) fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: an instruction of every x86-64.
     unsafe {

@@ -12,7 +12,7 @@ use crate::cpu::cast::round_to_bf16;
 use crate::cpu::isa::Isa;
 
 /// A type in which gradients come and parameters leave.
-pub(super) trait Value: bytemuck::Pod {
+pub(in crate::cpu) trait Value: bytemuck::Pod {
     fn get(self) -> f32;
     fn put(value: f32) -> Self;
 }

@@ -1,0 +1,279 @@
+//! Optimizers on one frame: gradient in, states updated, parameter out, in one pass over memory.
+//!
+//! An [`Optimizer`] gives the [`Scalars`] of a step; [`update`] applies them to the [`Stored`] states of a run of
+//! elements, whatever [`StateFormat`] they are kept in. Each rule is one sequence of correctly rounded operations
+//! on every path, so that threads, instruction sets and devices give the same bits. AdamW on f32 states has loops
+//! of its own ([`adamw_parallel`](super::adamw_parallel)), which take whole runs from memory and back; everything
+//! else passes through a worker's nearest caches, a thousand elements at a time.
+
+mod format;
+mod frame;
+mod lamb;
+mod rules;
+
+use super::adam::{self, AdamScalars, AdamW, Exchange, Kept};
+use super::isa::Isa;
+use super::workers::Workers;
+pub use format::{Master, Moment, StateFormat, Stored};
+use frame::All;
+pub use rules::{Adagrad, Lamb, Lion, Sgd};
+use rules::{AdagradScalars, LambScalars, LionScalars, SgdScalars};
+
+/// An optimizer and its constants, but for the learning rate, which each step brings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Optimizer {
+    /// AdamW (arXiv 1711.05101): two moments.
+    AdamW(AdamW),
+    /// Stochastic gradient descent, with momentum one moment, and else none.
+    Sgd(Sgd),
+    /// Lion (arXiv 2302.06675): one moment.
+    Lion(Lion),
+    /// Adagrad (Duchi, Hazan and Singer, 2011): one sum of squares.
+    Adagrad(Adagrad),
+    /// LAMB (arXiv 1904.00962): two moments, and the norms of whole tensors.
+    Lamb(Lamb),
+}
+
+impl From<AdamW> for Optimizer {
+    fn from(adam: AdamW) -> Self {
+        Self::AdamW(adam)
+    }
+}
+
+impl Optimizer {
+    /// Its name, as on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::AdamW(_) => "adamw",
+            Self::Sgd(_) => "sgd",
+            Self::Lion(_) => "lion",
+            Self::Adagrad(_) => "adagrad",
+            Self::Lamb(_) => "lamb",
+        }
+    }
+
+    /// Values that it keeps of each element besides the master.
+    pub fn moments(&self) -> u32 {
+        match self {
+            Self::AdamW(_) | Self::Lamb(_) => 2,
+            Self::Sgd(Sgd { momentum, .. }) => u32::from(*momentum != 0.0),
+            Self::Lion(_) | Self::Adagrad(_) => 1,
+        }
+    }
+
+    /// Whether the update of an element depends on its whole tensor.
+    pub fn whole_tensors(&self) -> bool {
+        matches!(self, Self::Lamb(_))
+    }
+
+    /// The same without weight decay.
+    #[must_use]
+    pub fn without_decay(self) -> Self {
+        let weight_decay = 0.0;
+        match self {
+            Self::AdamW(it) => Self::AdamW(AdamW { weight_decay, ..it }),
+            Self::Sgd(it) => Self::Sgd(Sgd { weight_decay, ..it }),
+            Self::Lion(it) => Self::Lion(Lion { weight_decay, ..it }),
+            Self::Adagrad(it) => Self::Adagrad(Adagrad { weight_decay, ..it }),
+            Self::Lamb(it) => Self::Lamb(Lamb { weight_decay, ..it }),
+        }
+    }
+
+    /// The scalars of applied step `step`, counted from 1, with the gradient multiplied by `grad_scale`. Computed in
+    /// f64, rounded once.
+    pub fn at(&self, step: u64, lr: f64, grad_scale: f64) -> Scalars {
+        match self {
+            Self::AdamW(it) => Scalars::AdamW(it.at(step, lr, grad_scale)),
+            Self::Sgd(it) => Scalars::Sgd(it.at(lr, grad_scale)),
+            Self::Lion(it) => Scalars::Lion(it.at(lr, grad_scale)),
+            Self::Adagrad(it) => Scalars::Adagrad(it.at(step, lr, grad_scale)),
+            Self::Lamb(it) => Scalars::Lamb(it.at(step, lr, grad_scale)),
+        }
+    }
+
+    /// What is wrong with its constants, or with keeping its states in this format.
+    ///
+    /// # Errors
+    /// One line that says what to do.
+    pub fn check(&self, format: StateFormat) -> Result<(), String> {
+        let name = self.name();
+        if format.moments != self.moments() {
+            return Err(format!(
+                "{name} keeps {} moments, not {}",
+                self.moments(),
+                format.moments
+            ));
+        }
+        let slowest = match self {
+            Self::AdamW(it) => it.beta1.max(it.beta2),
+            Self::Lamb(it) => it.beta1.max(it.beta2),
+            Self::Lion(it) => it.beta2,
+            Self::Sgd(it) => it.momentum,
+            Self::Adagrad(_) => 1.0,
+        };
+        if format.moment == Moment::Bf16 && slowest > Moment::SLOWEST_IN_BF16 {
+            return Err(format!(
+                "bf16 moments lose a decay as slow as {slowest} ({name}): keep moments in fp32, or use at most {}",
+                Moment::SLOWEST_IN_BF16
+            ));
+        }
+        Ok(())
+    }
+
+    /// Bytes of the log of an update of so many elements that may have to be undone, and what kind it is; `None` if
+    /// updates cannot run ahead of the norm.
+    pub fn log_bytes(&self, format: StateFormat, elements: usize) -> Option<usize> {
+        match self {
+            // Its first pass needs what its second one writes.
+            Self::Lamb(_) => None,
+            Self::AdamW(_) if format.plain() => Some(adam::log_bytes(elements)),
+            _ => Some(frame::log_bytes(format, elements)),
+        }
+    }
+}
+
+/// What an [`Optimizer`] needs in one step; from [`Optimizer::at`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scalars {
+    /// States stay as they are, and the parameter is the master, cast: for a skipped step, or parameters that are
+    /// derived anew. The gradient is not looked at.
+    Unchanged,
+    /// Of AdamW.
+    AdamW(AdamScalars),
+    /// Of SGD.
+    Sgd(SgdScalars),
+    /// Of Lion.
+    Lion(LionScalars),
+    /// Of Adagrad.
+    Adagrad(AdagradScalars),
+    /// Of LAMB.
+    Lamb(LambScalars),
+}
+
+impl Scalars {
+    /// Whether nothing changes.
+    pub fn is_unchanged(&self) -> bool {
+        *self == Self::Unchanged
+    }
+
+    /// As AdamW's, for its own loops.
+    pub(crate) fn adam(&self) -> Option<AdamScalars> {
+        match self {
+            Self::Unchanged => Some(AdamScalars::unchanged()),
+            Self::AdamW(scalars) => Some(*scalars),
+            _ => None,
+        }
+    }
+
+    /// For the device: which rule, and its numbers in the order of their declaration.
+    pub(crate) fn words(&self) -> (u32, [f32; 10]) {
+        let (rule, numbers): (u32, &[f32]) = match self {
+            Self::Unchanged => (0, &[]),
+            Self::AdamW(s) => (1, &s.as_array()),
+            Self::Sgd(s) => (2, &s.as_array()),
+            Self::Lion(s) => (3, &s.as_array()),
+            Self::Adagrad(s) => (4, &s.as_array()),
+            Self::Lamb(s) => (5, &s.as_array()),
+        };
+        let mut all = [0.0; 10];
+        all[..numbers.len()].copy_from_slice(numbers);
+        (rule, all)
+    }
+}
+
+/// Updates a run of elements on all workers.
+///
+/// # Panics
+/// If lengths differ, this machine cannot run `isa`, or a split master has no bf16 parameter of its own.
+pub fn update(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &Scalars,
+    stored: Stored<'_>,
+    exchange: Exchange<'_>,
+) {
+    assert!(isa.runs_here(), "this machine cannot run {isa:?}");
+    let stored = match (stored.into_plain(), scalars.adam()) {
+        (Ok(states), Some(adam)) => {
+            return adam::adamw_parallel(workers, isa, &adam, states, exchange);
+        }
+        (Ok(states), None) => Stored::from(states),
+        (Err(stored), _) => stored,
+    };
+    let all = All::new(stored, exchange);
+    match scalars {
+        Scalars::Lamb(scalars) => lamb::update(workers, isa, scalars, &all),
+        _ => frame::update(workers, isa, scalars, &all),
+    }
+}
+
+/// As [`update`], so that it can be undone. Elements whose log does not fit are left as they are, for
+/// [`update_rest`]; how many that were. `kept.log` is as long as [`Optimizer::log_bytes`] says.
+///
+/// # Panics
+/// As [`update`]; for scalars of an optimizer that cannot run ahead.
+pub fn update_ahead(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &Scalars,
+    stored: Stored<'_>,
+    exchange: Exchange<'_>,
+    kept: Kept<'_>,
+) -> usize {
+    match by_adam(scalars, stored) {
+        Ok((adam, states)) => adam::adamw_ahead(workers, isa, &adam, states, exchange, kept),
+        Err(stored) => {
+            let all = All::new(stored, exchange);
+            frame::ahead(workers, isa, scalars, &all, kept);
+            0
+        }
+    }
+}
+
+/// Updates what [`update_ahead`] left as it was.
+///
+/// # Panics
+/// As [`update_ahead`].
+pub fn update_rest(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &Scalars,
+    stored: Stored<'_>,
+    exchange: Exchange<'_>,
+    kept: Kept<'_>,
+) {
+    // The frame's log leaves nothing.
+    if let Ok((adam, states)) = by_adam(scalars, stored) {
+        adam::adamw_rest(workers, isa, &adam, states, exchange, kept);
+    }
+}
+
+/// Takes back what [`update_ahead`] did with these scalars to the same memory: states (a split master's parameter among
+/// them), and the gradient of an exchange in place. Another parameter that has a place of its own stays as it is.
+///
+/// # Panics
+/// As [`update_ahead`].
+pub fn update_undo(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &Scalars,
+    stored: Stored<'_>,
+    exchange: Exchange<'_>,
+    kept: Kept<'_>,
+) {
+    match by_adam(scalars, stored) {
+        Ok((adam, states)) => adam::adamw_undo(workers, isa, &adam, states, exchange, kept),
+        Err(stored) => frame::undo(workers, &All::new(stored, exchange), kept),
+    }
+}
+
+/// What AdamW's own loops are for.
+fn by_adam<'a>(
+    scalars: &Scalars,
+    stored: Stored<'a>,
+) -> Result<(AdamScalars, adam::States<'a>), Stored<'a>> {
+    match scalars {
+        Scalars::AdamW(adam) => stored.into_plain().map(|states| (*adam, states)),
+        _ => Err(stored),
+    }
+}
