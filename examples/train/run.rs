@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use forebay::{
-    AdamW, Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
+    Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
     requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
@@ -318,11 +318,9 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     options.placement = args.placement;
     options.lookahead = args.lookahead;
     options.threads = threads(args);
-    options.optimizer = AdamW {
-        lr: recipe.lr,
-        weight_decay: recipe.weight_decay,
-        ..options.optimizer
-    };
+    options.optimizer = recipe.optimizer()?;
+    options.moments = recipe.moments()?;
+    options.split_master = recipe.split_master;
     options.clip = (recipe.clip > 0.0).then_some(recipe.clip);
     options.publish = match args.when()? {
         When::Every(_) => Publish::Often,
@@ -374,7 +372,7 @@ fn choose_budgets(
                     ..options.clone()
                 };
                 let all = needs(Policy::Pinned, &waiting)?.pinned_bytes;
-                all - 12 * decoder.model().parameters() / 2
+                all - options.state_bytes() * decoder.model().parameters() / 2
             }
             policy => needs(policy, options)?
                 .pinned_bytes

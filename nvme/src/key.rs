@@ -36,6 +36,14 @@ pub struct Shape {
     pub components: u32,
     /// Bytes of each value.
     pub element_bytes: u32,
+    /// Bytes of each value of the first component, where they are others; else 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lead_bytes: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(bytes: &u32) -> bool {
+    *bytes == 0
 }
 
 impl Shape {
@@ -46,15 +54,25 @@ impl Shape {
             elements: bytes,
             components: 1,
             element_bytes: 1,
+            lead_bytes: 0,
         }
     }
 
     /// Its size in bytes; `None` if no memory could hold it.
     pub fn bytes(&self) -> Option<u64> {
+        let alike = u64::from(self.components.checked_sub(1)?);
+        let alike = alike.checked_mul(u64::from(self.element_bytes))?;
         self.elements
-            .checked_mul(u64::from(self.components))?
-            .checked_mul(u64::from(self.element_bytes))
+            .checked_mul(alike.checked_add(self.width(0))?)
             .filter(|bytes| *bytes < 1 << 60)
+    }
+
+    /// Bytes of each value of a component.
+    pub(crate) fn width(&self, component: u32) -> u64 {
+        match (component, self.lead_bytes) {
+            (0, lead @ 1..) => u64::from(lead),
+            _ => u64::from(self.element_bytes),
+        }
     }
 
     /// Whether some elements are in both.

@@ -119,6 +119,7 @@ impl<'a> Builder<'a> {
             slot: None,
             slab: None,
             states: None,
+            param: None,
             amount,
         });
         TaskId(self.tasks.len() as u32 - 1)
@@ -324,6 +325,10 @@ impl<'a> Builder<'a> {
         let slab = self.progress(section).grad_slab;
         let stays = self.placement.grad_home(section) == GradHome::Slab;
         let out = self.progress(section).out.map(after);
+        let old = self
+            .placement
+            .update_reads_param(section)
+            .then(|| self.old_params(section, ready));
         let mut updates = Vec::new();
         let mut states = Vec::new();
         for (index, part) in self.placement.parts(section).to_vec().iter().enumerate() {
@@ -332,7 +337,7 @@ impl<'a> Builder<'a> {
             let mut deps: Vec<Dep> = out.into_iter().collect();
             deps.extend((!gated).then_some(ready));
             let staged = (part.home == Tier::Disk).then(|| {
-                let bytes = 12 * part.elements;
+                let bytes = self.placement.optim_bytes(part);
                 let kind = TaskKind::ReadOptim(section, index);
                 // A read of states waits for its turn only; unless nothing may run ahead, or an
                 // undone step would need the buffer (see `Timing::Immediate`).
@@ -347,6 +352,7 @@ impl<'a> Builder<'a> {
                 buffer
             });
             deps.extend(staged.map(|s| after(s.task)));
+            deps.extend(old.map(|s| after(s.task)));
             let update = self.add(
                 TaskKind::Update(section, index),
                 Lane::Cpu,
@@ -358,13 +364,14 @@ impl<'a> Builder<'a> {
             }
             self.at(update).slab = slab;
             self.at(update).states = staged;
+            self.at(update).param = old;
             updates.push(update);
             let write = staged.map(|buffer| {
                 let kind = TaskKind::WriteOptim(section, index);
                 let write = self.add(
                     kind,
                     Lane::DiskWrite,
-                    12 * part.elements,
+                    self.placement.optim_bytes(part),
                     vec![after(update)],
                 );
                 self.at(write).states = Some(buffer);
@@ -373,10 +380,21 @@ impl<'a> Builder<'a> {
             });
             states.push((staged.map(|s| s.task), write));
         }
-        self.settle(section, slab, ready, &updates);
+        self.settle(section, [slab, old], ready, &updates);
         let progress = self.progress(section);
         progress.updates = updates;
         progress.states = states;
+    }
+
+    /// Reads the parameters of which an update makes new ones.
+    fn old_params(&mut self, section: SectionId, ready: Dep) -> ClaimRef {
+        let before = self.progress(section).read.map(after);
+        let deps = before.into_iter().chain([ready]).collect();
+        let bytes = self.bytes(section);
+        let read = self.add(TaskKind::ReadParam(section), Lane::DiskRead, bytes, deps);
+        let slab = self.claim(read, self.placement.pool(PoolKind::ParamStage, section));
+        self.at(read).slab = Some(slab);
+        slab
     }
 
     /// Updates the parts of a section on the device, where its gradient waits in its own place.
@@ -391,7 +409,7 @@ impl<'a> Builder<'a> {
     fn settle(
         &mut self,
         section: SectionId,
-        slab: Option<ClaimRef>,
+        [slab, old]: [Option<ClaimRef>; 2],
         ready: Dep,
         updates: &[TaskId],
     ) {
@@ -412,8 +430,8 @@ impl<'a> Builder<'a> {
                 return;
             }
         };
-        self.at(settled).slab = slab;
-        self.at(settled).frees.extend(slab);
+        self.at(settled).slab = old.or(slab);
+        self.at(settled).frees.extend(slab.into_iter().chain(old));
         self.progress(section).settled = Some(settled);
     }
 

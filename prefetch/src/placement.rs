@@ -83,6 +83,12 @@ pub struct PlaceOptions {
     pub undo_log_bytes: u64,
     /// What it needs more where new parameters take the gradient's place.
     pub undo_grad_bytes: u64,
+    /// Bytes of an element's optimizer states.
+    pub optim_bytes: u64,
+    /// Whether the master is kept as what the parameter is short of it. Then an update needs the old
+    /// parameter: where the CPU makes it, parameters have a slab of their own or come from disk for it. No
+    /// update runs before the norm but those that can be undone there.
+    pub split: bool,
 }
 
 impl Default for PlaceOptions {
@@ -97,6 +103,8 @@ impl Default for PlaceOptions {
             pinned_fixed_bytes: 0,
             undo_log_bytes: 0,
             undo_grad_bytes: 0,
+            optim_bytes: 12,
+            split: false,
         }
     }
 }
@@ -230,6 +238,21 @@ impl Placement {
         self.param_home[section.0 as usize]
     }
 
+    /// Whether a section's parameters have a slab of their own in pinned memory: because they live there, or because the
+    /// CPU makes new ones of them.
+    pub fn param_slab(&self, section: SectionId) -> bool {
+        match self.param_home(section) {
+            Tier::Pinned => true,
+            Tier::Device => self.options.split && self.grad_home(section) != GradHome::Device,
+            Tier::Disk => false,
+        }
+    }
+
+    /// Whether an update on the CPU makes new parameters of old ones that live on disk.
+    pub(crate) fn update_reads_param(&self, section: SectionId) -> bool {
+        self.options.split && self.param_home(section) == Tier::Disk
+    }
+
     /// Where a section's gradient waits for its update.
     pub fn grad_home(&self, section: SectionId) -> GradHome {
         self.grad_home[section.0 as usize]
@@ -284,6 +307,11 @@ impl Placement {
     /// The pool of shared slabs that a section's gradient passes through, if it has none of its own.
     pub fn grad_stage_pool(&self, section: SectionId) -> PoolId {
         self.pool(PoolKind::GradStage, section)
+    }
+
+    /// The pool of shared slabs that a section's parameters pass through.
+    pub fn param_stage_pool(&self, section: SectionId) -> PoolId {
+        self.pool(PoolKind::ParamStage, section)
     }
 
     /// The pool of shared slabs that optimizer states pass through.

@@ -196,6 +196,8 @@ pub struct Task {
     pub slab: Option<ClaimRef>,
     /// For updates: the buffer of the states, if it is from a pool.
     pub states: Option<ClaimRef>,
+    /// For updates: the buffer of the old parameters, if they are from a pool; the new ones take their place.
+    pub param: Option<ClaimRef>,
     /// Bytes that it moves, or elements that it updates.
     pub amount: u64,
 }

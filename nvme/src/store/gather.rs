@@ -89,20 +89,24 @@ impl Store {
 
 /// Whether elements of one can stand for elements of the other.
 fn alike(a: &Shape, b: &Shape) -> bool {
-    a.components == b.components && a.element_bytes == b.element_bytes
+    let kind = |s: &Shape| (s.components, s.element_bytes, s.width(0));
+    kind(a) == kind(b)
 }
 
 /// Copies what bytes `start..` of an extent of shape `from` hold of `to`.
 fn copy_overlap(from: &Shape, to: &Shape, start: u64, data: &[u8], out: &mut [u8]) {
-    let width = u64::from(from.element_bytes);
+    // Where the component begins, beside one element.
+    let mut before = 0;
     let (first, end) = (
         from.first.max(to.first),
         (from.first + from.elements).min(to.first + to.elements),
     );
-    for component in 0..u64::from(from.components) {
+    for component in 0..from.components {
+        let width = from.width(component);
         // Where the common elements lie in either extent.
-        let source = (component * from.elements + first - from.first) * width;
-        let target = (component * to.elements + first - to.first) * width;
+        let source = before * from.elements + (first - from.first) * width;
+        let target = before * to.elements + (first - to.first) * width;
+        before += width;
         let length = (end - first) * width;
         let from_byte = source.max(start);
         let to_byte = (source + length).min(start + data.len() as u64);
@@ -120,23 +124,34 @@ mod tests {
 
     #[test]
     fn elements_find_their_places_whatever_the_parts_and_pieces() {
+        for lead_bytes in [0, 2, 8] {
+            elements_find_their_places(lead_bytes);
+        }
+    }
+
+    fn elements_find_their_places(lead_bytes: u32) {
         let shape = |first, elements| Shape {
             first,
             elements,
             components: 3,
             element_bytes: 4,
+            lead_bytes,
         };
         // Element e of component c is the number 1000 c + e.
         let fill = |shape: &Shape| -> Vec<u8> {
-            let values = (0..3).flat_map(|c| {
-                (shape.first..shape.first + shape.elements).map(move |e| (1000 * c + e) as u32)
-            });
-            values.flat_map(u32::to_le_bytes).collect()
+            let mut bytes = Vec::new();
+            for c in 0..3 {
+                for e in shape.first..shape.first + shape.elements {
+                    let value = (1000 * u64::from(c) + e).to_le_bytes();
+                    bytes.extend(&value[..shape.width(c) as usize]);
+                }
+            }
+            bytes
         };
         let parts = [shape(0, 17), shape(17, 50), shape(67, 33)];
         for wanted in [shape(0, 100), shape(10, 20), shape(60, 40), shape(99, 1)] {
             for piece in [8, 60, 4096] {
-                let mut out = vec![0; 12 * wanted.elements as usize];
+                let mut out = vec![0; wanted.bytes().unwrap() as usize];
                 for part in &parts {
                     if part.overlaps(&wanted) {
                         let data = fill(part);

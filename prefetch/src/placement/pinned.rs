@@ -192,9 +192,12 @@ impl Placement {
                 class.members.iter().filter(|s| holds(s.0 as usize)).count()
             };
             let params = count(&|s| self.param_home[s] == Tier::Disk);
+            // Those of a split master pass through one when they are loaded and published.
+            let here = |s: usize| self.options.split && self.grad_home[s] == GradHome::Device;
+            let any_here = u64::from(count(&here) > 0);
             let passes = |s: usize| matches!(self.grad_home[s], GradHome::Disk | GradHome::Passing);
             let grads = count(&passes);
-            self.param_stage[index] = wanted(params, 2 + lookahead);
+            self.param_stage[index] = wanted(params, 2 + lookahead).max(any_here);
             self.grad_stage[index] = wanted(grads, 2 + lookahead.min(1));
         }
         let parts = self

@@ -1,13 +1,19 @@
 //! What a placement takes of each tier, and its pools of buffers.
 
 use super::{GradHome, PlaceOptions, Placement};
-use crate::model::Tier;
+use crate::model::{SectionId, Tier};
+use crate::parts::Part;
 use crate::plan::{Pool, PoolKind};
 
 const DEVICE_ALIGN: u64 = 256;
 const PINNED_ALIGN: u64 = 4096;
 
 impl Placement {
+    /// Bytes of a part's optimizer states.
+    pub fn optim_bytes(&self, part: &Part) -> u64 {
+        self.options.optim_bytes * part.elements
+    }
+
     fn act_slabs(&self) -> u64 {
         self.act_home
             .iter()
@@ -34,7 +40,7 @@ impl Placement {
             .filter(|(home, _)| **home == GradHome::Device)
             .map(|(_, class)| round(self.classes[*class].param_bytes));
         round(self.options.scratch_bytes)
-            + here.map(|p| round(12 * p.elements)).sum::<u64>()
+            + here.map(|p| round(self.optim_bytes(p))).sum::<u64>()
             + grads.sum::<u64>()
             + self.act_slots * round(self.act_bytes)
             + classes.sum::<u64>()
@@ -47,7 +53,7 @@ impl Placement {
         bytes += self.act_slabs() * round(self.act_bytes);
         for (section, class) in self.class_of.iter().enumerate() {
             let slab = round(self.classes[*class].param_bytes);
-            bytes += slab * u64::from(self.param_home[section] == Tier::Pinned);
+            bytes += slab * u64::from(self.param_slab(SectionId(section as u32)));
             bytes += slab * u64::from(self.grad_home[section] == GradHome::Slab);
         }
         for (index, class) in self.classes.iter().enumerate() {
@@ -58,7 +64,7 @@ impl Placement {
             .iter()
             .flatten()
             .filter(|p| p.home == Tier::Pinned);
-        bytes += homes.map(|p| round(12 * p.elements)).sum::<u64>();
+        bytes += homes.map(|p| round(self.optim_bytes(p))).sum::<u64>();
         bytes += self.undo * self.undo_slab_bytes();
         bytes + self.optim_stage * round(self.optim_stage_bytes())
     }
@@ -72,7 +78,7 @@ impl Placement {
             bytes += size * u64::from(self.grad_home[section] == GradHome::Disk);
         }
         let parts = self.parts.iter().flatten().filter(|p| p.home == Tier::Disk);
-        bytes + parts.map(|p| 12 * p.elements).sum::<u64>()
+        bytes + parts.map(|p| self.optim_bytes(p)).sum::<u64>()
     }
 
     /// Bytes of one shared slab for optimizer states: those of the largest part.
@@ -80,16 +86,16 @@ impl Placement {
         self.parts
             .iter()
             .flatten()
-            .map(|p| 12 * p.elements)
+            .map(|p| self.optim_bytes(p))
             .max()
             .unwrap_or(0)
     }
 
     /// Bytes of a slab for what an update overwrites.
     pub fn undo_slab_bytes(&self) -> u64 {
-        let homes = self.grad_home.iter().zip(&self.param_home);
-        let mut slabs = homes.filter(|(grad, _)| **grad == GradHome::Slab);
-        let in_place = slabs.any(|(_, param)| *param != Tier::Pinned);
+        let mut sections = (0..self.grad_home.len() as u32).map(SectionId);
+        let in_place = !self.options.split
+            && sections.any(|s| self.grad_home(s) == GradHome::Slab && !self.param_slab(s));
         let PlaceOptions {
             undo_log_bytes,
             undo_grad_bytes,
@@ -99,11 +105,17 @@ impl Placement {
         (undo_log_bytes + grad).next_multiple_of(PINNED_ALIGN)
     }
 
-    /// Bytes of optimizer states that do not live on disk: what a generation writes.
-    pub fn volatile_optim_bytes(&self) -> u64 {
+    /// Bytes of states that do not live on disk: what a generation writes. A split master is of no use without
+    /// its parameters.
+    pub fn volatile_bytes(&self) -> u64 {
         let parts = self.parts.iter().flatten();
         let volatile = parts.filter(|p| p.home != Tier::Disk);
-        volatile.map(|p| 12 * p.elements).sum()
+        let optim: u64 = volatile.map(|p| self.optim_bytes(p)).sum();
+        let sections = self.param_home.iter().zip(&self.class_of);
+        let params = sections
+            .filter(|(home, _)| self.options.split && **home != Tier::Disk)
+            .map(|(_, class)| self.classes[*class].param_bytes);
+        optim + params.sum::<u64>()
     }
 
     /// All pools of buffers, by [`PoolId`](crate::PoolId). Buffers of a pool have one size.

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use forebay_kernels::cpu::AdamW;
 use forebay_nvme::{Done, Key, StateKind, Store};
 use forebay_pinned::Arena;
 use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
@@ -19,7 +18,7 @@ use super::options::Publish;
 use super::places::{Places, SlabPlace};
 use super::telemetry::Telemetry;
 use super::trace::Trace;
-use super::update::{self, Optimizer, Run, StepScalars};
+use super::update::{self, Run, StepScalars, Updater};
 use crate::device::{Device, Event, Span, Stream};
 use crate::error::{Error, Result};
 use crate::model::{Model, StageId};
@@ -72,10 +71,9 @@ pub(super) struct Parts {
     pub(super) store: Store,
     pub(super) arena: Arena,
     pub(super) places: Places,
-    pub(super) optimizer: Optimizer,
+    pub(super) updater: Updater,
     pub(super) lane: WorkQueue,
     pub(super) notifier: Arc<Notifier>,
-    pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
     pub(super) publish: Publish,
     pub(super) ahead: RunAhead,
@@ -91,7 +89,7 @@ pub(crate) struct Engine {
     pub(super) ahead: RunAhead,
     pub(super) places: Places,
     pub(super) arena: Arena,
-    pub(super) optimizer: Arc<Optimizer>,
+    pub(super) updater: Arc<Updater>,
     pub(super) notifier: Arc<Notifier>,
     pub(super) model: Arc<Model>,
     pub(super) placement: Placement,
@@ -101,7 +99,6 @@ pub(crate) struct Engine {
     pub(super) moving: Vec<Moving>,
     pub(super) runs: Vec<Arc<[Run]>>,
     pub(super) open: [OpenStep; 2],
-    pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
     pub(super) publish: Publish,
     /// Steps that were applied and not skipped: the count of the bias corrections.
@@ -147,16 +144,19 @@ impl Engine {
             store,
             places: parts.places,
             arena,
-            optimizer: Arc::new(parts.optimizer),
             notifier: parts.notifier,
-            runs: model.sections.iter().map(update::runs).collect(),
+            runs: model
+                .sections
+                .iter()
+                .map(|s| update::runs(s, &parts.updater.optimizer))
+                .collect(),
+            updater: Arc::new(parts.updater),
             telemetry: Telemetry::new(&train),
             schedulers: [Scheduler::new(train), Scheduler::new(Arc::new(eval))],
             pass: Pass::Train,
             flying: Vec::with_capacity(2 * tasks),
             moving: Vec::with_capacity(128),
             open: [OpenStep::default(); 2],
-            adam: parts.adam,
             clip: parts.clip,
             publish: parts.publish,
             ahead: parts.ahead,

@@ -20,7 +20,8 @@ mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
 pub use options::{
-    AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target,
+    Adagrad, AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Lamb, Lion, Moment, Optimizer,
+    Options, Policy, Publish, Sgd, Target,
 };
 pub use report::{AheadReport, Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
@@ -46,7 +47,7 @@ use engine::{Engine, Parts, key};
 use places::Places;
 use scratch::Scratch;
 use trace::Trace;
-use update::Optimizer;
+use update::Updater;
 
 /// Updates of the optimizer's lane that may wait.
 const LANE_DEPTH: usize = 64;
@@ -63,6 +64,8 @@ pub struct Trainer {
     user: String,
     lock: Lock,
     publish: PublishCost,
+    /// How the states come to be, and how they are kept.
+    states: String,
 }
 
 /// The trainer's own part of a generation.
@@ -74,6 +77,9 @@ struct Meta {
     applied: u64,
     /// The user's text.
     user: String,
+    /// How the states came to be, and how they are kept; of AdamW's in f32 before there were others.
+    #[serde(default)]
+    states: Option<String>,
 }
 
 impl Trainer {
@@ -113,6 +119,16 @@ impl Trainer {
             path: store.path().to_owned(),
             what: format!("its trainer's part cannot be read ({e}); start anew elsewhere"),
         })?;
+        let (stored, ours) = (meta.states, states_of(options));
+        if let Some(stored) = stored.filter(|stored| *stored != ours) {
+            return Err(Error::Generation {
+                generation: store.generation(),
+                path: store.path().to_owned(),
+                what: format!(
+                    "its states are of {stored}, and the options say {ours}; resume it as it was made"
+                ),
+            });
+        }
         trainer.engine.steps = meta.steps;
         trainer.engine.applied = meta.applied;
         trainer.user = meta.user;
@@ -123,6 +139,7 @@ impl Trainer {
     fn open(model: Model, footprint: Footprint, options: &Options, resume: bool) -> Result<Self> {
         let target = options.target()?;
         model.validate()?;
+        check_optimizer(&model, options)?;
         let order_model = model.order();
         let budgets = budgets(options)?;
         let placement = place(&model, &order_model, footprint, options, budgets)?;
@@ -138,7 +155,14 @@ impl Trainer {
         let arena = Arena::new(placement.pinned_bytes())?;
         let mut device = device::open(target, placement.device_bytes(), &notifier, options.stream)?;
         device.pin(&arena)?;
-        let places = Places::take(&order_model, &placement, footprint, device.memory(), &arena)?;
+        let places = Places::take(
+            &order_model,
+            &placement,
+            footprint,
+            device.memory(),
+            &arena,
+            &options.optimizer,
+        )?;
         let undo = (0..placement.undo_buffers()).map(|_| arena.lease(placement.undo_slab_bytes()));
         let undo = undo.collect::<Result<Vec<_>, _>>()?;
         let open = if resume { Store::open } else { Store::create };
@@ -160,18 +184,19 @@ impl Trainer {
                 let (layout, options) = disk(&model, &order_model, &placement, &options);
                 Store::space(&layout, &options)
             }),
-            bytes: placement.volatile_optim_bytes(),
+            bytes: placement.volatile_bytes(),
         };
         let engine = Engine::new(Parts {
             train,
             eval: Plan::evaluation(&order_model, &placement)?,
             model: Arc::clone(&model),
-            optimizer: Optimizer {
+            updater: Updater {
                 workers,
                 isa: Isa::best(),
+                optimizer: options.optimizer,
+                format: options.format(),
             },
             device,
-            adam: options.optimizer,
             clip: options.clip,
             publish: options.publish,
             ahead: RunAhead::new(options.ahead, undo),
@@ -191,6 +216,7 @@ impl Trainer {
             user: String::new(),
             lock,
             publish: cost,
+            states: states_of(options),
         })
     }
 
@@ -251,6 +277,7 @@ impl Trainer {
             steps,
             applied,
             user: user.to_owned(),
+            states: Some(self.states.clone()),
         };
         let text = serde_json::to_string(&meta).map_err(|e| Error::Misuse(e.to_string()))?;
         let published = self.engine.publish(&text);
@@ -307,6 +334,7 @@ pub fn requirements(
     options: &Options,
 ) -> Result<order::Budgets> {
     model.validate()?;
+    check_optimizer(model, options)?;
     let order_model = model.order();
     // As much as there could be; far from overflow.
     let most = u64::MAX / 4;
@@ -336,6 +364,47 @@ pub fn stored_user_text(path: &std::path::Path) -> Result<String> {
     Ok(meta.user)
 }
 
+/// The optimizer and the format of its states, for people; in a generation too.
+fn states_of(options: &Options) -> String {
+    let moments = match (options.optimizer.moments(), options.moments) {
+        (0, _) => "no moments",
+        (_, Moment::F32) => "fp32 moments",
+        (_, Moment::Bf16) => "bf16 moments",
+    };
+    let master = if options.split_master {
+        "split"
+    } else {
+        "fp32"
+    };
+    format!(
+        "{} with {moments} and {master} masters",
+        options.optimizer.name()
+    )
+}
+
+/// Whether the optimizer can be had on this model.
+fn check_optimizer(model: &Model, options: &Options) -> Result<()> {
+    let misuse = |what: String| Err(Error::Misuse(what));
+    if let Err(what) = options.optimizer.check(options.format()) {
+        return misuse(what);
+    }
+    if options.split_master && model.dtype != DType::Bf16 {
+        return misuse(format!(
+            "the split master is for models that compute in bf16; this one computes in {}",
+            model.dtype
+        ));
+    }
+    if options.optimizer.whole_tensors()
+        && (options.optimizer_chunk.is_some() || options.partitions > 1)
+    {
+        return misuse(format!(
+            "{} scales whole tensors: leave optimizer_chunk alone, and partitions at 1",
+            options.optimizer.name()
+        ));
+    }
+    Ok(())
+}
+
 fn budgets(options: &Options) -> Result<order::Budgets> {
     if let (Some(device_bytes), Some(pinned_bytes)) = (options.device_budget, options.pinned_budget)
     {
@@ -360,18 +429,22 @@ fn place(
 ) -> Result<Placement> {
     let elements = || order_model.sections.iter().map(|s| s.elements);
     let largest = elements().max().unwrap_or(0);
-    let chunk = options
-        .optimizer_chunk
-        .unwrap_or_else(|| chunk(elements().sum()))
-        .min(largest);
+    let chunk = match options.optimizer_chunk {
+        // Whole tensors, and so whole sections.
+        _ if options.optimizer.whole_tensors() => largest,
+        Some(chunk) => chunk.min(largest),
+        None => chunk(elements().sum()).min(largest),
+    };
+    let format = options.format();
     let (undo_log_bytes, undo_grad_bytes) = match options.ahead {
         Ahead::Never => (0, 0),
-        Ahead::Auto | Ahead::Always => update::undo_room(model, chunk),
+        Ahead::Auto | Ahead::Always => update::undo_room(model, chunk, &options.optimizer, format),
     };
     let place_options = order::PlaceOptions {
         policy: options.placement,
         lookahead: options.lookahead,
-        timing: if options.clip.is_some() {
+        // A split master's old parameters are gone once the new ones stand.
+        timing: if options.clip.is_some() || options.split_master {
             Timing::AfterNorm
         } else {
             Timing::Immediate
@@ -379,9 +452,15 @@ fn place(
         chunk_elements: chunk,
         partitions: options.partitions,
         scratch_bytes: places::device_fixed_bytes(footprint),
-        pinned_fixed_bytes: places::fixed_bytes(footprint, model.sections.len()),
+        pinned_fixed_bytes: places::fixed_bytes(
+            footprint,
+            model.sections.len(),
+            &options.optimizer,
+        ),
         undo_log_bytes,
         undo_grad_bytes,
+        optim_bytes: format.bytes(),
+        split: options.split_master,
     };
     Ok(order::place(order_model, budgets, &place_options)?)
 }
@@ -402,6 +481,11 @@ fn disk(
 ) -> (Layout, forebay_nvme::Options) {
     let mut items = Vec::new();
     let bytes = model.dtype.bytes() as u32;
+    let format = options.format();
+    let moment = match format.moments {
+        0 => format.master_bytes() as u32,
+        _ => format.moment.bytes() as u32,
+    };
     for (id, section) in (0..).map(SectionId).zip(&order_model.sections) {
         let mut add = |state, part, first, elements, components| {
             items.push(Item {
@@ -410,7 +494,17 @@ fn disk(
                     first,
                     elements,
                     components,
-                    element_bytes: if state == StateKind::Optim { 4 } else { bytes },
+                    element_bytes: if state == StateKind::Optim {
+                        moment
+                    } else {
+                        bytes
+                    },
+                    lead_bytes: match state {
+                        StateKind::Optim if moment != format.master_bytes() as u32 => {
+                            format.master_bytes() as u32
+                        }
+                        _ => 0,
+                    },
                 },
                 name: section.name.clone(),
             });
@@ -418,11 +512,18 @@ fn disk(
         for (index, part) in (0..).zip(placement.parts(id)) {
             // What lives in pinned memory goes to disk with a generation only.
             if part.home == Tier::Disk || options.publish != Publish::Never {
-                add(StateKind::Optim, index, part.first, part.elements, 3);
+                add(
+                    StateKind::Optim,
+                    index,
+                    part.first,
+                    part.elements,
+                    1 + format.moments,
+                );
             }
         }
         let elements = section.elements;
-        if placement.param_home(id) == Tier::Disk {
+        let volatile = options.split_master && options.publish != Publish::Never;
+        if placement.param_home(id) == Tier::Disk || volatile {
             add(StateKind::Param, 0, 0, elements, 1);
         }
         if placement.grad_home(id) == GradHome::Disk {

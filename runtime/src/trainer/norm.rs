@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use forebay_kernels::cpu::AdamW;
 use forebay_prefetch::{GradHome, SectionId, TaskId, TaskKind, TaskRef, Tier};
 
 use super::engine::{Ending, Engine};
@@ -80,13 +79,10 @@ impl Engine {
 
     fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
         let lr = self.open[(step % 2) as usize].lr;
-        let plain = AdamW {
-            weight_decay: 0.0,
-            ..self.adam
-        };
+        let optimizer = self.updater.optimizer;
         StepScalars {
-            decayed: self.adam.at(applied, lr, scale),
-            plain: plain.at(applied, lr, scale),
+            decayed: optimizer.at(applied, lr, scale),
+            plain: optimizer.without_decay().at(applied, lr, scale),
         }
     }
 

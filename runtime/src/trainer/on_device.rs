@@ -3,10 +3,8 @@
 
 use std::sync::Arc;
 
-use forebay_kernels::cpu::{
-    AdamScalars, Exchange, Isa, NormIn, States, adamw_parallel, square_sum,
-};
-use forebay_kernels::cuda::ops::{self as cuda, SQUARE_SUMS};
+use forebay_kernels::cpu::{self, Exchange, Isa, NormIn, Scalars, StateFormat, square_sum};
+use forebay_kernels::cuda::ops::{self as cuda, SQUARE_SUMS, StatesAt};
 use forebay_prefetch::{SectionId, Task, TaskRef};
 use half::bf16;
 
@@ -50,11 +48,16 @@ impl Operation for SquareSum {
     }
 }
 
-/// AdamW on a run of elements.
+/// The update of a run of elements of a part, whose states are the first output, as words, and the run's parameters
+/// the second; then memory for sums.
 #[derive(Clone, Copy)]
 struct Update {
-    scalars: AdamScalars,
+    scalars: Scalars,
     dtype: DType,
+    format: StateFormat,
+    /// Elements of the part, and the first of the run.
+    part: usize,
+    first: usize,
 }
 
 impl Operation for Update {
@@ -64,11 +67,7 @@ impl Operation for Update {
 
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
         let bf16 = self.dtype == DType::Bf16;
-        let states = States {
-            master: args.output()?,
-            m: args.output()?,
-            v: args.output()?,
-        };
+        let states = bytemuck::cast_slice_mut(args.output::<u32>()?);
         let exchange = if bf16 {
             Exchange::Bf16 {
                 grad: args.input()?,
@@ -80,20 +79,38 @@ impl Operation for Update {
                 param: args.output()?,
             }
         };
-        adamw_parallel(&cx.workers, Isa::best(), &self.scalars, states, exchange);
+        let (grads, _) = exchange.lens();
+        let run = self.first..self.first + grads;
+        let states = self.format.view(states, self.part, run);
+        cpu::update(&cx.workers, Isa::best(), &self.scalars, states, exchange);
         Ok(())
     }
 
     fn cuda(&self, cx: &CudaContext<'_>, mut args: CudaArgs<'_>) -> Result<(), String> {
         let grad = args.input()?;
-        let states = [args.output()?, args.output()?, args.output()?];
-        let param = args.output()?;
+        let states: DeviceSlice = args.output()?;
+        let (param, sums) = (args.output()?, args.output()?);
         let q = cx.queue(self.dtype);
-        let states = states.map(|state: DeviceSlice| state.address);
+        let states = StatesAt {
+            format: self.format,
+            address: states.address,
+            elements: self.part as u64,
+            first: self.first as u64,
+        };
         let from = (grad.address, self.dtype.element());
         let n = param.elements;
-        // SAFETY: as many elements each, on the device.
-        let done = unsafe { cuda::adamw(q, &self.scalars, from, states, param.address, n) };
+        // SAFETY: as many elements each, on the device; the sums are the section's own.
+        let done = unsafe {
+            cuda::update(
+                q,
+                &self.scalars,
+                from,
+                states,
+                param.address,
+                n,
+                sums.address,
+            )
+        };
         done.map_err(|error| error.to_string())
     }
 }
@@ -130,8 +147,7 @@ impl Engine {
         let dtype = self.model.dtype;
         let values = view(gradient, dtype, spec.amount as usize);
         // Straight into the host's memory: a copy would queue behind those of whole gradients.
-        let address = self.device.mapped(self.places.sums_target(section));
-        let address = address.expect("the arena was made known to the device");
+        let address = self.sums_address(section);
         let words = view(address, DType::U32, SQUARE_SUMS / 4);
         let launch = Launch::new(
             SquareSum(dtype),
@@ -145,6 +161,11 @@ impl Engine {
         self.fly(task, Sign::Device(event));
         self.scheduler_mut().issued(task);
         Ok(())
+    }
+
+    fn sums_address(&self, section: SectionId) -> u64 {
+        let address = self.device.mapped(self.places.sums_target(section));
+        address.expect("the arena was made known to the device")
     }
 
     pub(super) fn device_update(
@@ -162,25 +183,29 @@ impl Engine {
         let states = self.places.states(section, part);
         let (param, dtype) = (self.resident(section), self.model.dtype);
         let bytes = dtype.bytes() as u64;
+        let sums = self.sums_address(section);
         for run in self.runs[section.0 as usize].iter() {
             let Some(shared) = run.within(&range) else {
                 continue;
             };
             let (start, elements) = (shared.start as u64, shared.len());
-            let state = |index: u64| {
-                let first = index * span.elements + start - span.first;
-                TensorMut::new(view(states + 4 * first, DType::F32, elements))
-            };
             let param = TensorMut::new(view(param + bytes * start, dtype, elements));
             let grad = view(gradient + bytes * start, dtype, elements);
             let update = Update {
                 scalars: *scalars.of(run),
                 dtype,
+                format: self.updater.format,
+                part: span.elements as usize,
+                first: (start - span.first) as usize,
             };
-            let outputs = [state(0), state(1), state(2), param];
+            let words = self.placement.optim_bytes(&span) as usize / 4;
+            let states = TensorMut::new(view(states, DType::U32, words));
+            // Read when the norm was; of no use to others since.
+            let sums = TensorMut::new(view(sums, DType::U32, 1));
+            let outputs = [states, param, sums];
             let launch = Launch::new(update, &[Tensor::new(grad)], &outputs)?;
-            // SAFETY: states, gradient and parameters of the part belong to this update.
-            unsafe { self.device.launch(launch) };
+            // SAFETY: states, gradient, parameters and sums of the part belong to this update.
+            unsafe { self.device.launch(launch.into_pinned()) };
         }
         let event = self.device.newest(Stream::Compute);
         self.fly(task, Sign::Device(event));

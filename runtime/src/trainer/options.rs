@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use forebay_kernels::cpu::AdamW;
+pub use forebay_kernels::cpu::{Adagrad, AdamW, Lamb, Lion, Moment, Optimizer, Sgd};
+use forebay_kernels::cpu::{Master, StateFormat};
 pub use forebay_nvme::IoChoice;
 use forebay_nvme::medium::Medium;
 pub use forebay_prefetch::Policy;
@@ -75,7 +76,13 @@ pub struct Options {
     /// Threads of the host device and of the CPU optimizer, each. Results do not depend on it.
     pub threads: usize,
     /// The optimizer. Its learning rate is given anew at each step.
-    pub optimizer: AdamW,
+    pub optimizer: Optimizer,
+    /// The type of the optimizer's moments. In bf16 they take half the bytes, and results are others.
+    pub moments: Moment,
+    /// Whether the fp32 master is kept as the 16 bits that the bf16 parameter is short of it, so that nothing is
+    /// stored twice. Results do not depend on it. For models that compute in bf16; sections whose states are on
+    /// disk are then updated after the norm, with clipping or without.
+    pub split_master: bool,
     /// The largest global norm of a step's gradient; larger ones are scaled down to it. With
     /// `None`, sections whose states are on disk are updated before the backward pass has ended.
     pub clip: Option<f64>,
@@ -106,6 +113,23 @@ impl Options {
         self.device.target(self.threads)
     }
 
+    /// Bytes of the optimizer states of an element.
+    pub fn state_bytes(&self) -> u64 {
+        self.format().bytes()
+    }
+
+    /// How the states of an element are kept.
+    pub(crate) fn format(&self) -> StateFormat {
+        StateFormat {
+            master: match self.split_master {
+                true => Master::Split,
+                false => Master::F32,
+            },
+            moment: self.moments,
+            moments: self.optimizer.moments(),
+        }
+    }
+
     /// Defaults: automatic device, budgets and placement, look-ahead 2, clipping at 1.0, AdamW
     /// with betas 0.9 and 0.95 and weight decay 0.1.
     pub fn new(disk: impl IntoIterator<Item = PathBuf>) -> Self {
@@ -118,13 +142,15 @@ impl Options {
             placement: Policy::Auto,
             lookahead: 2,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
-            optimizer: AdamW {
+            optimizer: Optimizer::AdamW(AdamW {
                 lr: 1e-3,
                 beta1: 0.9,
                 beta2: 0.95,
                 eps: 1e-8,
                 weight_decay: 0.1,
-            },
+            }),
+            moments: Moment::F32,
+            split_master: false,
             clip: Some(1.0),
             ahead: Ahead::Auto,
             optimizer_chunk: None,

@@ -1,7 +1,8 @@
 //! Every place of the two fast tiers, taken once when the trainer opens: slots in device memory,
 //! slabs of the arena.
 
-use forebay_kernels::cuda::ops::SQUARE_SUMS;
+use forebay_kernels::cpu::Optimizer;
+use forebay_kernels::cuda::ops::{LAMB_SUMS, SQUARE_SUMS};
 use forebay_pinned::{Arena, Slab};
 use forebay_prefetch::{
     GradHome, Model as Order, Placement, PoolId, PoolKind, SectionId, StageId, Tier,
@@ -18,10 +19,13 @@ const SMALL_BYTES: u64 = 4096;
 
 /// Pinned memory that a trainer takes besides slabs of states: token ids of two steps, the piece
 /// for reading back, the loss, the sums of squares of each section.
-pub(super) fn fixed_bytes(footprint: Footprint, sections: usize) -> u64 {
+pub(super) fn fixed_bytes(footprint: Footprint, sections: usize, optimizer: &Optimizer) -> u64 {
     // A lease takes a page even for nothing.
     let page = |bytes: u64| bytes.max(1).next_multiple_of(SMALL_BYTES);
-    2 * page(footprint.input_bytes) + READ_BYTES + SMALL_BYTES + page(sums_bytes(sections))
+    2 * page(footprint.input_bytes)
+        + READ_BYTES
+        + SMALL_BYTES
+        + page((sections * sums_bytes(optimizer)) as u64)
 }
 
 /// Device memory that is not slots: scratch.
@@ -29,14 +33,19 @@ pub(super) fn device_fixed_bytes(footprint: Footprint) -> u64 {
     footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN)
 }
 
-fn sums_bytes(sections: usize) -> u64 {
-    (sections * SQUARE_SUMS) as u64
+/// Bytes of the sums of one section.
+fn sums_bytes(optimizer: &Optimizer) -> usize {
+    match optimizer.whole_tensors() {
+        true => LAMB_SUMS,
+        false => SQUARE_SUMS,
+    }
 }
 
 /// A slab's place while it is with the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SlabPlace {
     Pool(PoolId, u32),
+    Param(SectionId),
     Grad(SectionId),
     Optim(SectionId, u32),
 }
@@ -60,8 +69,10 @@ pub(super) struct Places {
     pub(super) read: Slab,
     pub(super) small: Slab,
     pub(super) scratch: Span,
-    /// The pieces of each section's sum of squares.
+    /// The pieces of each section's sum of squares; and by LAMB of two.
     sums: Slab,
+    /// Bytes of a section's.
+    sums_bytes: usize,
 }
 
 impl Places {
@@ -71,6 +82,7 @@ impl Places {
         footprint: Footprint,
         device: Span,
         arena: &Arena,
+        optimizer: &Optimizer,
     ) -> Result<Self> {
         let mut next = device.address;
         let mut slot = |bytes: u64| {
@@ -100,16 +112,16 @@ impl Places {
         let (mut states, mut grads_here) = (Vec::new(), Vec::new());
         for (id, section) in (0..).map(SectionId).zip(&order.sections) {
             let bytes = section.param_bytes;
-            param.push(lease(placement.param_home(id) == Tier::Pinned, bytes)?);
+            param.push(lease(placement.param_slab(id), bytes)?);
             grad.push(lease(placement.grad_home(id) == GradHome::Slab, bytes)?);
             let parts = placement.parts(id).iter();
-            let parts = parts.map(|p| lease(p.home == Tier::Pinned, 12 * p.elements));
+            let parts = parts.map(|p| lease(p.home == Tier::Pinned, placement.optim_bytes(p)));
             optim.push(parts.collect::<Result<Vec<_>, _>>()?);
             let here = placement
                 .parts(id)
                 .iter()
                 .filter(|p| p.home == Tier::Device);
-            states.push(here.map(|p| slot(12 * p.elements)).collect());
+            states.push(here.map(|p| slot(placement.optim_bytes(p))).collect());
             let waits = placement.grad_home(id) == GradHome::Device;
             grads_here.push(waits.then(|| slot(section.param_bytes)));
         }
@@ -119,7 +131,8 @@ impl Places {
         });
         let input = || arena.lease(footprint.input_bytes);
         // Sections without gradients add nothing.
-        let mut sums = arena.lease(sums_bytes(order.sections.len()))?;
+        let sums_bytes = sums_bytes(optimizer);
+        let mut sums = arena.lease((order.sections.len() * sums_bytes) as u64)?;
         sums.fill(0);
         Ok(Self {
             acts: acts.collect::<Result<_, _>>()?,
@@ -131,6 +144,7 @@ impl Places {
                 bytes: footprint.scratch_bytes.next_multiple_of(DEVICE_ALIGN),
             },
             sums,
+            sums_bytes,
             states,
             grads_here,
             slots,
@@ -157,9 +171,9 @@ impl Places {
 
     /// Where the pieces of a section's sum of squares go.
     pub(super) fn sums_target(&self, section: SectionId) -> *mut u8 {
-        let offset = section.0 as usize * SQUARE_SUMS;
+        let offset = section.0 as usize * self.sums_bytes;
         assert!(
-            offset + SQUARE_SUMS <= self.sums.len(),
+            offset + self.sums_bytes <= self.sums.len(),
             "a section of the model"
         );
         // By its address: others are being written meanwhile.
@@ -168,7 +182,7 @@ impl Places {
 
     /// The pieces that came, added in order.
     pub(super) fn sum(&self, section: SectionId) -> f64 {
-        let offset = section.0 as usize * SQUARE_SUMS;
+        let offset = section.0 as usize * self.sums_bytes;
         let pieces: &[f64] = bytemuck::cast_slice(&self.sums[offset..][..SQUARE_SUMS]);
         pieces.iter().sum()
     }
@@ -182,6 +196,7 @@ impl Places {
     pub(super) fn get(&self, place: SlabPlace) -> &Slab {
         let slab = match place {
             SlabPlace::Pool(pool, buffer) => &self.slabs[pool.0 as usize][buffer as usize],
+            SlabPlace::Param(section) => &self.param[section.0 as usize],
             SlabPlace::Grad(section) => &self.grad[section.0 as usize],
             SlabPlace::Optim(section, part) => &self.optim[section.0 as usize][part as usize],
         };
@@ -192,6 +207,7 @@ impl Places {
     fn place(&mut self, place: SlabPlace) -> &mut Option<Slab> {
         match place {
             SlabPlace::Pool(pool, buffer) => &mut self.slabs[pool.0 as usize][buffer as usize],
+            SlabPlace::Param(section) => &mut self.param[section.0 as usize],
             SlabPlace::Grad(section) => &mut self.grad[section.0 as usize],
             SlabPlace::Optim(section, part) => &mut self.optim[section.0 as usize][part as usize],
         }

@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
-use forebay_kernels::cpu::{AdamW, Exchange, Isa, States, Workers, adamw_parallel};
+use forebay_kernels::cpu::{self, Exchange, Isa, Workers};
 use forebay_pinned::Arena;
 use forebay_prefetch::{Bound, Lane, Rates, Traffic, bound};
 
@@ -24,7 +24,7 @@ pub struct Ceilings {
     pub disk_read: f64,
     /// Bytes per second written to disk.
     pub disk_write: f64,
-    /// Elements per second updated by AdamW.
+    /// Elements per second that the optimizer updates on the CPU.
     pub adam: f64,
 }
 
@@ -62,7 +62,7 @@ impl Ceilings {
             d2h,
             disk_read,
             disk_write,
-            adam: adam_rate(options.threads, dtype)?,
+            adam: update_rate(options, dtype)?,
         })
     }
 }
@@ -80,11 +80,14 @@ fn copy_rate() -> f64 {
     bytes as f64 / time.fold(f64::INFINITY, f64::min)
 }
 
-fn adam_rate(threads: usize, dtype: DType) -> Result<f64> {
-    let workers = Workers::new(threads, "fb-ceiling").map_err(Error::system("starting threads"))?;
-    let elements: usize = 4 << 20;
+/// Elements per second of the options' optimizer, its states as they are kept.
+fn update_rate(options: &Options, dtype: DType) -> Result<f64> {
+    let workers = Workers::new(options.threads, "fb-ceiling");
+    let workers = workers.map_err(Error::system("starting threads"))?;
+    let (elements, format): (usize, _) = (4 << 20, options.format());
     // Memory as the trainer's own has it: in huge pages where they can be had.
-    let bytes = [4, 4, 4, dtype.bytes()].map(|each| (each * elements) as u64);
+    let each = dtype.bytes() as u64;
+    let bytes = [format.bytes(), each, each].map(|each| each * elements as u64);
     let arena = Arena::new(bytes.iter().sum())?;
     let mut slabs = Vec::new();
     for bytes in bytes {
@@ -93,31 +96,24 @@ fn adam_rate(threads: usize, dtype: DType) -> Result<f64> {
         slab.fill(0x3f);
         slabs.push(slab);
     }
-    let [master, m, v, both] = slabs.as_mut_slice() else {
-        unreachable!("four were taken");
+    let [states, grad, param] = slabs.as_mut_slice() else {
+        unreachable!("three were taken");
     };
-    let states = [master, m, v].map(|slab| bytemuck::cast_slice_mut::<u8, f32>(slab));
-    let [master, m, v] = states;
-    let adam = AdamW {
-        lr: 1e-3,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.1,
-    };
-    let scalars = adam.at(1, 1e-3, 1.0);
+    let scalars = options.optimizer.at(1, 1e-3, 1.0);
     let times = (0..4).map(|_| {
         let start = Instant::now();
-        let states = States {
-            master: &mut *master,
-            m: &mut *m,
-            v: &mut *v,
+        let stored = format.view(&mut states[..], elements, 0..elements);
+        let exchange = match (dtype, options.split_master) {
+            (DType::Bf16, true) => Exchange::Bf16 {
+                grad: bytemuck::cast_slice(&grad[..]),
+                param: bytemuck::cast_slice_mut(&mut param[..]),
+            },
+            (DType::Bf16, false) => Exchange::InPlaceBf16(bytemuck::cast_slice_mut(&mut grad[..])),
+            (DType::F32 | DType::U32, _) => {
+                Exchange::InPlaceF32(bytemuck::cast_slice_mut(&mut grad[..]))
+            }
         };
-        let exchange = match dtype {
-            DType::Bf16 => Exchange::InPlaceBf16(bytemuck::cast_slice_mut(both)),
-            DType::F32 | DType::U32 => Exchange::InPlaceF32(bytemuck::cast_slice_mut(both)),
-        };
-        adamw_parallel(&workers, Isa::best(), &scalars, states, exchange);
+        cpu::update(&workers, Isa::best(), &scalars, stored, exchange);
         start.elapsed().as_secs_f64()
     });
     Ok(elements as f64 / times.fold(f64::INFINITY, f64::min))

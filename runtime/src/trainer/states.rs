@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
+use forebay_kernels::cpu::Master;
 use forebay_nvme::{Done, Key, Priority, StateKind};
 use forebay_pinned::Slab;
-use forebay_prefetch::{GradHome, SectionId, Tier};
+use forebay_prefetch::{GradHome, PoolId, SectionId, Tier};
 
 use super::engine::{Engine, key};
 use super::places::SlabPlace;
@@ -64,17 +65,21 @@ impl Engine {
             return self.load_on_device(section, source);
         }
         let param_home = self.placement.param_home(section);
-        let stored = matches!(source, Source::Stored)
-            && param_home == Tier::Disk
-            && self.store.contains(key(section, StateKind::Param, 0));
+        let name = key(section, StateKind::Param, 0);
+        let stored = matches!(source, Source::Stored) && self.store.contains(name);
+        let there = stored && param_home == Tier::Disk;
         let staging = match self.placement.grad_home(section) {
+            _ if self.placement.param_slab(section) => SlabPlace::Param(section),
             GradHome::Slab => SlabPlace::Grad(section),
             _ => SlabPlace::Pool(self.placement.grad_stage_pool(section), 0),
         };
+        // Parameters of a split master are no less a state than what is kept beside them.
+        let resumed = matches!(source, Source::Stored);
+        let derived = !(stored || self.split() && resumed);
         for (index, part) in (0..).zip(self.placement.parts(section).to_vec()) {
             let home = part.home == Tier::Pinned;
-            let name = key(section, StateKind::Optim, index);
-            if stored && !home && self.store.contains(name) {
+            let optim = key(section, StateKind::Optim, index);
+            if there && !home && self.store.contains(optim) {
                 continue;
             }
             let place = if home {
@@ -82,43 +87,34 @@ impl Engine {
             } else {
                 SlabPlace::Pool(self.placement.optim_stage_pool(), 0)
             };
-            let (first, elements) = (part.first as usize, part.elements as usize);
-            let mut slab = self.places.take_slab(place);
-            match source {
-                Source::New(master) => {
-                    fresh(&mut slab[..12 * elements], &master[first..first + elements]);
-                    if !home {
-                        slab = self.transfer(name, slab, true)?;
-                    }
-                }
-                Source::Stored if self.store.contains(name) => {
-                    slab = self.transfer(name, slab, false)?;
-                }
-                // Stored in other parts: by more ranks, or in larger pieces.
-                Source::Stored => {
-                    self.store.gather(name, &mut slab[..12 * elements])?;
-                    if !home {
-                        slab = self.transfer(name, slab, true)?;
-                    }
-                }
+            self.load_part(section, index, place, source)?;
+            if !(home || resumed && self.store.contains(optim)) {
+                let slab = self.places.take_slab(place);
+                let slab = self.transfer(optim, slab, true)?;
+                self.places.return_slab(place, slab);
             }
-            if !stored {
-                let target = match &mut self.places.param[section.0 as usize] {
-                    Some(home) => home.address(),
-                    None => self.places.get(staging).address(),
+            if derived {
+                let (first, elements) = (part.first as usize, part.elements as usize);
+                let (states, dtype) = (self.places.get(place), self.model.dtype);
+                let masters = match source {
+                    Source::New(masters) => &masters[first..first + elements],
+                    Source::Stored => bytemuck::cast_slice(&states[..4 * elements]),
                 };
-                let dtype = self.model.dtype;
-                let masters: &[f32] = bytemuck::cast_slice(&slab[..4 * elements]);
+                let target = self.places.get(staging).address();
                 // SAFETY: nothing is under way on either slab; the part lies inside the section.
                 unsafe { update::cast_masters(masters, target.add(first * dtype.bytes()), dtype) };
             }
-            self.places.return_slab(place, slab);
+        }
+        if !derived && !there {
+            let slab = self.places.take_slab(staging);
+            let slab = self.transfer(name, slab, false)?;
+            self.places.return_slab(staging, slab);
         }
         match param_home {
             Tier::Device => self.push_now(section, staging),
-            Tier::Disk if !stored => {
+            Tier::Disk if !there => {
                 let slab = self.places.take_slab(staging);
-                let slab = self.transfer(key(section, StateKind::Param, 0), slab, true)?;
+                let slab = self.transfer(name, slab, true)?;
                 self.places.return_slab(staging, slab);
                 Ok(())
             }
@@ -126,35 +122,78 @@ impl Engine {
         }
     }
 
+    /// Brings the states of a part to a slab.
+    fn load_part(
+        &mut self,
+        section: SectionId,
+        index: u32,
+        place: SlabPlace,
+        source: &Source<'_>,
+    ) -> Result<()> {
+        let part = self.placement.parts(section)[index as usize];
+        let (first, elements) = (part.first as usize, part.elements as usize);
+        let bytes = self.placement.optim_bytes(&part) as usize;
+        let name = key(section, StateKind::Optim, index);
+        let mut slab = self.places.take_slab(place);
+        match source {
+            Source::New(masters) => {
+                let format = self.updater.format;
+                format.fill(&mut slab[..bytes], &masters[first..first + elements]);
+            }
+            Source::Stored if self.store.contains(name) => {
+                slab = self.transfer(name, slab, false)?;
+            }
+            // Stored in other parts: by more ranks, or in larger pieces.
+            Source::Stored => self.store.gather(name, &mut slab[..bytes])?,
+        }
+        self.places.return_slab(place, slab);
+        Ok(())
+    }
+
+    fn split(&self) -> bool {
+        self.updater.format.master == Master::Split
+    }
+
     /// As [`Engine::load`], for a section that is updated on the device.
     fn load_on_device(&mut self, section: SectionId, source: &Source<'_>) -> Result<()> {
         let place = SlabPlace::Pool(self.placement.optim_stage_pool(), 0);
         for (index, part) in (0..).zip(self.placement.parts(section).to_vec()) {
-            let name = key(section, StateKind::Optim, index);
-            let (first, elements) = (part.first as usize, part.elements as usize);
-            let mut slab = self.places.take_slab(place);
-            match source {
-                Source::New(master) => {
-                    fresh(&mut slab[..12 * elements], &master[first..first + elements]);
-                }
-                Source::Stored if self.store.contains(name) => {
-                    slab = self.transfer(name, slab, false)?;
-                }
-                Source::Stored => self.store.gather(name, &mut slab[..12 * elements])?,
-            }
-            self.places.return_slab(place, slab);
+            self.load_part(section, index, place, source)?;
             let to = Span {
                 address: self.places.states(section, index),
-                bytes: 12 * part.elements,
+                bytes: self.placement.optim_bytes(&part),
             };
-            let source = self.places.get(place).address();
+            let from = self.places.get(place).address();
             // SAFETY: waited for at once, while nothing else is under way on either place.
-            let event = unsafe { self.device.copy_in(Stream::H2d, to, source) };
+            let event = unsafe { self.device.copy_in(Stream::H2d, to, from) };
             self.wait_now(event)?;
-            self.derive_here(section, index)?;
+            if !self.split() {
+                self.derive_here(section, index)?;
+            }
+        }
+        if self.split() {
+            return self.load_params(section, source);
         }
         let event = self.device.newest(Stream::Compute);
         self.wait_now(event)
+    }
+
+    /// Brings the parameters of a split master to the device, by way of a shared slab.
+    fn load_params(&mut self, section: SectionId, source: &Source<'_>) -> Result<()> {
+        let staging = SlabPlace::Pool(self.placement.param_stage_pool(section), 0);
+        match source {
+            Source::New(masters) => {
+                let target = self.places.get(staging).address();
+                // SAFETY: nothing is under way on the slab, which holds a section.
+                unsafe { update::cast_masters(masters, target, self.model.dtype) };
+            }
+            Source::Stored => {
+                let slab = self.places.take_slab(staging);
+                let slab = self.transfer(key(section, StateKind::Param, 0), slab, false)?;
+                self.places.return_slab(staging, slab);
+            }
+        }
+        self.push_now(section, staging)
     }
 
     fn push_now(&mut self, section: SectionId, from: SlabPlace) -> Result<()> {
@@ -191,7 +230,11 @@ impl Engine {
                 self.collect_one(&mut under_way)?;
             }
             let place = if part.home == Tier::Device {
-                self.bring_back(section, index, part.elements, &mut under_way)?
+                let from = Span {
+                    address: self.places.states(section, index),
+                    bytes: self.placement.optim_bytes(&part),
+                };
+                self.bring_back(self.placement.optim_stage_pool(), from, &mut under_way)?
             } else {
                 SlabPlace::Optim(section, index)
             };
@@ -199,6 +242,9 @@ impl Engine {
             let slab = self.places.take_slab(place);
             self.store.write_with(name, slab, Priority::Checkpoint)?;
             under_way.push((name, place));
+        }
+        if self.split() {
+            self.publish_params(&mut under_way)?;
         }
         while !under_way.is_empty() {
             self.collect_one(&mut under_way)?;
@@ -209,15 +255,39 @@ impl Engine {
         Ok(generation)
     }
 
-    /// Copies the states of a part from the device to a shared slab that is free, or gets free.
+    /// Writes the parameters of a split master that do not live on disk.
+    fn publish_params(&mut self, under_way: &mut Vec<(Key, SlabPlace)>) -> Result<()> {
+        for section in (0..self.places.param.len() as u32).map(SectionId) {
+            if self.placement.param_home(section) == Tier::Disk {
+                continue;
+            }
+            while !self.store.can_start() {
+                self.collect_one(under_way)?;
+            }
+            let place = if self.placement.param_slab(section) {
+                SlabPlace::Param(section)
+            } else {
+                let from = Span {
+                    address: self.resident(section),
+                    bytes: self.section_bytes(section),
+                };
+                self.bring_back(self.placement.param_stage_pool(section), from, under_way)?
+            };
+            let name = key(section, StateKind::Param, 0);
+            let slab = self.places.take_slab(place);
+            self.store.write_with(name, slab, Priority::Checkpoint)?;
+            under_way.push((name, place));
+        }
+        Ok(())
+    }
+
+    /// Copies from the device to a shared slab that is free, or gets free.
     fn bring_back(
         &mut self,
-        section: SectionId,
-        part: u32,
-        elements: u64,
+        pool: PoolId,
+        from: Span,
         under_way: &mut Vec<(Key, SlabPlace)>,
     ) -> Result<SlabPlace> {
-        let pool = self.placement.optim_stage_pool();
         let buffers = self.placement.pools()[pool.0 as usize].buffers as u32;
         let place = loop {
             let mut all = (0..buffers).map(|buffer| SlabPlace::Pool(pool, buffer));
@@ -225,10 +295,6 @@ impl Engine {
                 Some(place) => break place,
                 None => self.collect_one(under_way)?,
             }
-        };
-        let from = Span {
-            address: self.places.states(section, part),
-            bytes: 12 * elements,
         };
         let target = self.places.get(place).address();
         // SAFETY: waited for at once; the slab is with nobody, and all updates are done.
@@ -271,12 +337,4 @@ impl Engine {
             self.nap();
         }
     }
-}
-
-/// The states of a new part: these masters, and no moments yet.
-fn fresh(slab: &mut [u8], masters: &[f32]) {
-    let states: &mut [f32] = bytemuck::cast_slice_mut(slab);
-    let (new, moments) = states.split_at_mut(masters.len());
-    new.copy_from_slice(masters);
-    moments.fill(0.0);
 }

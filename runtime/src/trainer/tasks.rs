@@ -34,6 +34,8 @@ impl Engine {
                 .map_or(SlabPlace::Optim(s, p), |claim| {
                     self.claimed(plan, task.step, claim)
                 }),
+            // Made of old ones, in their own slab.
+            (TaskKind::PushParam(s), ..) if self.placement.param_slab(s) => SlabPlace::Param(s),
             (_, Some(claim), _) => self.claimed(plan, task.step, claim),
             (
                 TaskKind::GradOut(s)
@@ -169,9 +171,12 @@ impl Engine {
             None => SlabPlace::Optim(section, part),
         };
         let span = self.placement.parts(section)[part as usize];
-        let param = self.places.param[section.0 as usize].as_ref();
+        let plan = self.scheduler().plan();
+        let own = self.places.param[section.0 as usize].as_ref();
+        let old = spec.param.map(|claim| self.claimed(plan, task.step, claim));
+        let param = old.map(|place| self.places.get(place)).or(own);
         PartPlace {
-            states: self.places.get(states).address().cast(),
+            states: self.places.get(states).address(),
             grad: self.places.get(self.slab_place(task, spec)).address(),
             param: param.map(|slab| slab.address()),
             kept: None,
@@ -190,14 +195,14 @@ impl Engine {
         scalars: StepScalars,
         left: Option<Arc<AtomicU64>>,
     ) -> Seq {
-        let (optimizer, clock) = (Arc::clone(&self.optimizer), self.ahead.clock());
+        let (updater, clock) = (Arc::clone(&self.updater), self.ahead.clock());
         let runs = Arc::clone(&self.runs[section.0 as usize]);
         self.lane.push(work.name(), move || {
             let place = place;
             let start = Instant::now();
             // SAFETY: states, gradient, parameters and what is kept belong to this update until it is
             // done: the scheduler starts nothing that reads the parameters, or writes any of them, before.
-            let done = unsafe { update::work(&optimizer, work, &scalars, &runs, place) };
+            let done = unsafe { update::work(&updater, work, &scalars, &runs, place) };
             if let Some(rest) = done {
                 clock.add(work, place.elements, start.elapsed());
                 if let Some(left) = left {

@@ -1,6 +1,6 @@
-//! The optimizer's work on one section: the AdamW update of its parts, as closures for the CPU lane.
+//! The optimizer's work on one section: the updates of its parts, as closures for the CPU lane.
 //!
-//! A part's states lie in one slab, `[master | m | v]`, each of the part's elements in f32. The
+//! A part's states lie in one slab, component after component: the master, then moments. The
 //! gradient is read where the copy from the device left it. The new parameters go to the
 //! section's own slab in pinned memory if it has one there, and else over the gradient.
 
@@ -8,14 +8,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_kernels::cpu::{
-    AdamScalars, Exchange, Isa, Kept, States, Workers, adamw_ahead, adamw_parallel, adamw_rest,
-    adamw_undo, f32_to_bf16, log_bytes,
+    self, Exchange, Isa, Kept, Optimizer, Scalars, StateFormat, Stored, Workers, f32_to_bf16,
+    update_ahead, update_rest, update_undo,
 };
 
 use crate::model::{Model, Section};
 use crate::tensor::DType;
 
-/// A run of elements of a section that weight decay treats alike.
+/// A run of elements of a section that the optimizer treats alike: those that weight decay does, or a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Run {
     elements: Range<usize>,
@@ -23,11 +23,12 @@ pub(super) struct Run {
 }
 
 /// The runs of a section, in order, covering it (padding joins the tensor before it).
-pub(super) fn runs(section: &Section) -> Arc<[Run]> {
+pub(super) fn runs(section: &Section, optimizer: &Optimizer) -> Arc<[Run]> {
+    let whole = optimizer.whole_tensors();
     let mut runs: Vec<Run> = Vec::new();
     for (start, tensor) in section.places() {
         match runs.last_mut() {
-            Some(last) if last.decay == tensor.decay => {}
+            Some(last) if last.decay == tensor.decay && !whole => {}
             Some(last) => {
                 last.elements.end = start;
                 runs.push(Run {
@@ -47,18 +48,20 @@ pub(super) fn runs(section: &Section) -> Arc<[Run]> {
     runs.into()
 }
 
-/// Worker threads and instruction set of the CPU optimizer.
+/// What the CPU updates with.
 #[derive(Debug)]
-pub(super) struct Optimizer {
+pub(super) struct Updater {
     pub(super) workers: Workers,
     pub(super) isa: Isa,
+    pub(super) optimizer: Optimizer,
+    pub(super) format: StateFormat,
 }
 
 /// Where one part of a section is updated.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PartPlace {
-    /// `[master | m | v]` of the part.
-    pub(super) states: *mut f32,
+    /// The part's states.
+    pub(super) states: *mut u8,
     /// The section's gradient, from its first element.
     pub(super) grad: *mut u8,
     /// The section's parameters if they have a slab of their own.
@@ -79,17 +82,16 @@ unsafe impl Send for PartPlace {}
 /// Scalars of a step, with weight decay and without.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StepScalars {
-    pub(super) decayed: AdamScalars,
-    pub(super) plain: AdamScalars,
+    pub(super) decayed: Scalars,
+    pub(super) plain: Scalars,
 }
 
 impl StepScalars {
     /// Those of a step that changes nothing: parameters are cast from their masters.
     pub(super) fn unchanged() -> Self {
-        let unchanged = AdamScalars::unchanged();
         Self {
-            decayed: unchanged,
-            plain: unchanged,
+            decayed: Scalars::Unchanged,
+            plain: Scalars::Unchanged,
         }
     }
 
@@ -99,7 +101,7 @@ impl StepScalars {
     }
 
     /// Those of a run.
-    pub(super) fn of(&self, run: &Run) -> &AdamScalars {
+    pub(super) fn of(&self, run: &Run) -> &Scalars {
         if run.decay {
             &self.decayed
         } else {
@@ -118,14 +120,29 @@ impl Run {
 }
 
 /// Pinned memory in which an update of so many elements logs what it overwrites, and what it needs more for a
-/// gradient that it replaces.
-pub(super) fn undo_room(model: &Model, elements: u64) -> (u64, u64) {
+/// gradient that it replaces; nothing where none may run ahead.
+pub(super) fn undo_room(
+    model: &Model,
+    elements: u64,
+    optimizer: &Optimizer,
+    format: StateFormat,
+) -> (u64, u64) {
     // Parts begin and end at multiples of this.
     let elements = elements.next_multiple_of(64);
     // Each run has a log of its own.
-    let most = model.sections.iter().map(|s| runs(s).len()).max();
-    let log = log_bytes(elements as usize) + most.unwrap_or(0) * log_bytes(1);
-    (log as u64, elements * model.dtype.bytes() as u64)
+    let most = model
+        .sections
+        .iter()
+        .map(|s| runs(s, optimizer).len())
+        .max();
+    let log = |elements| optimizer.log_bytes(format, elements);
+    match log(elements as usize).zip(log(1)) {
+        None => (0, 0),
+        Some((all, one)) => (
+            (all + most.unwrap_or(0) * one) as u64,
+            elements * model.dtype.bytes() as u64,
+        ),
+    }
 }
 
 /// What is done to a part.
@@ -158,41 +175,41 @@ impl Work {
 /// # Safety
 /// The place is mapped for its elements, and nobody else touches it until this returns.
 pub(super) unsafe fn work(
-    optimizer: &Optimizer,
+    updater: &Updater,
     work: Work,
     scalars: &StepScalars,
     runs: &[Run],
     place: PartPlace,
 ) -> Option<usize> {
-    let (workers, isa) = (&optimizer.workers, optimizer.isa);
+    let (workers, isa) = (&updater.workers, updater.isa);
     if matches!(work, Work::Update) && place.param.is_some() && scalars.is_unchanged() {
         // The parameters are what their masters are cast to already.
         return None;
     }
     let mut left = 0;
     let each =
-        |run: &Run, mut states: States<'_>, mut exchange: Exchange<'_>, kept: Option<Kept<'_>>| {
+        |run: &Run, mut states: Stored<'_>, mut exchange: Exchange<'_>, kept: Option<Kept<'_>>| {
             let scalars = scalars.of(run);
             match (work, kept) {
                 (Work::Ahead, Some(kept)) => {
-                    left += adamw_ahead(workers, isa, scalars, states, exchange, kept);
+                    left += update_ahead(workers, isa, scalars, states, exchange, kept);
                 }
                 (Work::Rest, Some(kept)) => {
-                    adamw_rest(workers, isa, scalars, states, exchange, kept);
+                    update_rest(workers, isa, scalars, states, exchange, kept);
                 }
                 (Work::Again(before), Some(kept)) => {
                     let (old, e) = (states.reborrow(), exchange.reborrow());
-                    adamw_undo(workers, isa, before.of(run), old, e, kept);
-                    adamw_parallel(workers, isa, scalars, states, exchange);
+                    update_undo(workers, isa, before.of(run), old, e, kept);
+                    cpu::update(workers, isa, scalars, states, exchange);
                 }
                 (Work::Ahead | Work::Rest | Work::Again(_), None) => {
                     unreachable!("what runs ahead has room to be undone")
                 }
-                (Work::Update, _) => adamw_parallel(workers, isa, scalars, states, exchange),
+                (Work::Update, _) => cpu::update(workers, isa, scalars, states, exchange),
             }
         };
     // SAFETY: by the caller's contract.
-    unsafe { each_run(runs, place, each) };
+    unsafe { each_run(updater, runs, place, each) };
     Some(left)
 }
 
@@ -201,12 +218,14 @@ pub(super) unsafe fn work(
 /// # Safety
 /// As for [`work`].
 unsafe fn each_run(
+    updater: &Updater,
     runs: &[Run],
     place: PartPlace,
-    mut f: impl FnMut(&Run, States<'_>, Exchange<'_>, Option<Kept<'_>>),
+    mut f: impl FnMut(&Run, Stored<'_>, Exchange<'_>, Option<Kept<'_>>),
 ) {
     let part = place.first..place.first + place.elements;
-    let mut logged = 0;
+    let (format, mut logged) = (updater.format, 0);
+    let log_bytes = |elements| updater.optimizer.log_bytes(format, elements).unwrap_or(0);
     for run in runs {
         let Some(shared) = run.within(&part) else {
             continue;
@@ -214,20 +233,12 @@ unsafe fn each_run(
         let (start, len) = (shared.start, shared.len());
         let inside = start - part.start;
         let bytes = place.dtype.bytes();
-        // SAFETY: the ranges lie inside the part and the section, by the caller's contract; the
-        // three state arrays do not overlap each other, and gradient, parameter and what is kept are
-        // different slabs.
+        // SAFETY: the ranges lie inside the part and the section, by the caller's contract; states,
+        // gradient, parameter and what is kept are different slabs.
         let (states, exchange, kept) = unsafe {
-            let states = |base: *mut f32| {
-                let state = |i: usize| {
-                    std::slice::from_raw_parts_mut(base.add(i * place.elements + inside), len)
-                };
-                States {
-                    master: state(0),
-                    m: state(1),
-                    v: state(2),
-                }
-            };
+            let bytes_of_part = format.bytes() as usize * place.elements;
+            let states: &mut [u8] = run_of(place.states, 0, bytes_of_part);
+            let states = format.view(states, place.elements, inside..inside + len);
             let exchange = match (place.dtype, place.param) {
                 (DType::Bf16, Some(param)) => Exchange::Bf16 {
                     grad: run_of(place.grad, start, len),
@@ -245,7 +256,7 @@ unsafe fn each_run(
                 log: run_of(log, logged, log_bytes(len)),
                 grad: run_of(grad, in_place * inside, in_place * len),
             });
-            (states(place.states), exchange, kept)
+            (states, exchange, kept)
         };
         logged += log_bytes(len);
         f(run, states, exchange, kept);
@@ -289,7 +300,8 @@ mod tests {
             .tensor("a", [3, 5], zero)
             .tensor("b", [70, 1], zero)
             .tensor("other norm", [1], zero);
-        let runs = runs(&section);
+        let adam = crate::Options::new([]).optimizer;
+        let runs = runs(&section, &adam);
         let expected = [(0..64, false), (64..256, true), (256..320, false)];
         assert_eq!(runs.len(), expected.len());
         for (run, (elements, decay)) in runs.iter().zip(expected) {

@@ -192,7 +192,8 @@ impl Exchange<'_> {
         }
     }
 
-    pub(super) fn lens(&self) -> (usize, usize) {
+    /// Elements of the gradient and of the parameter.
+    pub fn lens(&self) -> (usize, usize) {
         match self {
             Self::F32 { grad, param } => (grad.len(), param.len()),
             Self::InPlaceF32(both) => (both.len(), both.len()),

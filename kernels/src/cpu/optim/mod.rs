@@ -40,6 +40,51 @@ impl From<AdamW> for Optimizer {
     }
 }
 
+impl std::str::FromStr for Optimizer {
+    type Err = String;
+
+    /// By its name, with usual constants and weight decay 0.1.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let weight_decay = 0.1;
+        let (beta1, beta2) = (0.9, 0.95);
+        Ok(match name {
+            "adamw" => Self::AdamW(AdamW {
+                lr: 1e-3,
+                beta1,
+                beta2,
+                eps: 1e-8,
+                weight_decay,
+            }),
+            "sgd" => Self::Sgd(Sgd {
+                momentum: 0.9,
+                nesterov: false,
+                weight_decay,
+            }),
+            "lion" => Self::Lion(Lion {
+                beta1,
+                beta2: 0.99,
+                weight_decay,
+            }),
+            "adagrad" => Self::Adagrad(Adagrad {
+                lr_decay: 0.0,
+                eps: 1e-10,
+                weight_decay,
+            }),
+            "lamb" => Self::Lamb(Lamb {
+                beta1,
+                beta2,
+                eps: 1e-6,
+                weight_decay,
+            }),
+            _ => {
+                return Err(format!(
+                    "'{name}' is not an optimizer: use adamw, sgd, lion, adagrad or lamb"
+                ));
+            }
+        })
+    }
+}
+
 impl Optimizer {
     /// Its name, as on the command line.
     pub fn name(&self) -> &'static str {
@@ -69,7 +114,12 @@ impl Optimizer {
     /// The same without weight decay.
     #[must_use]
     pub fn without_decay(self) -> Self {
-        let weight_decay = 0.0;
+        self.with_decay(0.0)
+    }
+
+    /// The same with this weight decay.
+    #[must_use]
+    pub fn with_decay(self, weight_decay: f64) -> Self {
         match self {
             Self::AdamW(it) => Self::AdamW(AdamW { weight_decay, ..it }),
             Self::Sgd(it) => Self::Sgd(Sgd { weight_decay, ..it }),
