@@ -12,7 +12,7 @@
 //! p = fma(-lr / (1 - beta1^t), m / fma(sqrt(v), 1 / sqrt(1 - beta2^t), eps), p * (1 - lr * decay))
 //! ```
 
-mod ahead;
+pub(super) mod ahead;
 pub(super) mod past_caches;
 pub(super) mod paths;
 mod traffic;
@@ -192,6 +192,12 @@ impl Exchange<'_> {
         }
     }
 
+    /// A split master is of a bf16 parameter that has a place of its own.
+    pub(super) fn check_split(&self) {
+        let own = matches!(self, Self::Bf16 { .. } | Self::F32ToBf16 { .. });
+        assert!(own, "a split master needs a bf16 parameter of its own");
+    }
+
     /// Elements of the gradient and of the parameter.
     pub fn lens(&self) -> (usize, usize) {
         match self {
@@ -231,8 +237,11 @@ pub fn adamw_parallel(
     assert!(isa.runs_here(), "this machine cannot run {isa:?}");
     let len = states.master.len();
     let all = Pieces::new(states, exchange);
-    workers.run(len.div_ceil(CHUNK), &|chunk, _| {
-        let range = chunk * CHUNK..((chunk + 1) * CHUNK).min(len);
+    // Of little work each thread gets several pieces too, for threads do not begin at once.
+    let piece = len.div_ceil(8 * workers.threads()).clamp(2 << 10, CHUNK);
+    let piece = piece.next_multiple_of(past_caches::LINE);
+    workers.run(len.div_ceil(piece), &|chunk, _| {
+        let range = chunk * piece..((chunk + 1) * piece).min(len);
         // SAFETY: chunks do not overlap.
         unsafe { all.update(isa, scalars, range) };
     });
@@ -298,6 +307,7 @@ struct Pieces<'a> {
     m: Shared<'a, f32>,
     v: Shared<'a, f32>,
     sides: Sides<'a>,
+    len: usize,
 }
 
 impl<'a> Pieces<'a> {
@@ -313,6 +323,7 @@ impl<'a> Pieces<'a> {
             m: Shared::new(states.m),
             v: Shared::new(states.v),
             sides: Sides::new(exchange),
+            len,
         }
     }
 
@@ -322,11 +333,33 @@ impl<'a> Pieces<'a> {
         // SAFETY: by the contract above.
         unsafe { self.visit(range, Update(isa, scalars)) };
     }
+}
 
-    /// Hands a run of elements to what works on it, in the types that they have.
+/// Memory of an update that can be had in f32, some elements at a time.
+pub(super) trait Source: Sync {
+    /// Elements.
+    fn len(&self) -> usize;
+
+    /// Bytes of an element of a gradient that the parameter replaces; 0 if it does not.
+    fn bytes_in_place(&self) -> usize;
+
+    /// Hands a run of elements (at most [`ahead::UNIT`] where they are kept otherwise) to what works on it, in the types
+    /// that gradient and parameter have.
     ///
     /// # Safety
     /// The elements are in no other piece alive; and what the visitor asks for.
+    unsafe fn visit<V: Visit>(&self, range: Range<usize>, visitor: V) -> V::Output;
+}
+
+impl Source for Pieces<'_> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn bytes_in_place(&self) -> usize {
+        self.sides.bytes_in_place()
+    }
+
     unsafe fn visit<V: Visit>(&self, range: Range<usize>, visitor: V) -> V::Output {
         // SAFETY: disjoint by the contract above.
         unsafe {
@@ -375,7 +408,7 @@ impl<V: Visit> VisitSides for WithStates<'_, V> {
 }
 
 /// What is done to a run of elements, for every kind of exchange.
-trait Visit {
+pub(super) trait Visit {
     type Output;
 
     /// The parameter goes elsewhere than the gradient.

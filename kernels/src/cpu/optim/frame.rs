@@ -84,11 +84,9 @@ impl<'a> All<'a> {
         };
         let same = stored.moments.iter().all(fits) && (grad, param) == (len, len);
         assert!(same, "states, gradient and parameter differ in length");
-        let own = matches!(exchange, Exchange::Bf16 { .. } | Exchange::F32ToBf16 { .. });
-        assert!(
-            !split || own,
-            "a split master needs a bf16 parameter of its own"
-        );
+        if split {
+            exchange.check_split();
+        }
         Self {
             master: match stored.master {
                 MasterOf::F32(it) => Masters::F32(Shared::new(it)),
@@ -151,10 +149,8 @@ impl<'a> All<'a> {
 
     /// The bytes of an element's states that an update overwrites.
     fn logged_bytes(&self) -> usize {
-        let master = match self.master {
-            Masters::F32(_) => 4,
-            Masters::Rest(_) => 4,
-        };
+        // Of a split master the parameter is the other half.
+        let master = 4;
         let moment = |m: &Moments<'_>| match m {
             Moments::None => 0,
             Moments::F32(_) => Moment::F32.bytes(),
@@ -219,7 +215,7 @@ fn widen<G: Value>(from: &[G], to: &mut [f32; UNIT]) {
 
 /// The bits of parameters of two bytes.
 #[inline(always)]
-fn halves<P: Value>(param: &mut [P]) -> &mut [u16] {
+pub(super) fn halves<P: Value>(param: &mut [P]) -> &mut [u16] {
     bytemuck::cast_slice_mut(param)
 }
 

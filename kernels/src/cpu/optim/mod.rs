@@ -10,6 +10,7 @@ mod format;
 mod frame;
 mod lamb;
 mod rules;
+mod split;
 
 use super::adam::{self, AdamScalars, AdamW, Exchange, Kept};
 use super::isa::Isa;
@@ -18,6 +19,7 @@ pub use format::{Master, Moment, StateFormat, Stored};
 use frame::All;
 pub use rules::{Adagrad, Lamb, Lion, Sgd};
 use rules::{AdagradScalars, LambScalars, LionScalars, SgdScalars};
+use split::Halves;
 
 /// An optimizer and its constants, but for the learning rate, which each step brings.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -176,7 +178,7 @@ impl Optimizer {
         match self {
             // Its first pass needs what its second one writes.
             Self::Lamb(_) => None,
-            Self::AdamW(_) if format.plain() => Some(adam::log_bytes(elements)),
+            Self::AdamW(_) if format.moment == Moment::F32 => Some(adam::log_bytes(elements)),
             _ => Some(frame::log_bytes(format, elements)),
         }
     }
@@ -270,10 +272,12 @@ pub fn update_ahead(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) -> usize {
-    match by_adam(scalars, stored) {
-        Ok((adam, states)) => adam::adamw_ahead(workers, isa, &adam, states, exchange, kept),
-        Err(stored) => {
-            let all = All::new(stored, exchange);
+    match Logged::of(scalars, stored, exchange) {
+        Logged::Plain(adam, states, exchange) => {
+            adam::adamw_ahead(workers, isa, &adam, states, exchange, kept)
+        }
+        Logged::Split(adam, all) => adam::ahead::ahead_of(workers, isa, &adam, &all, kept),
+        Logged::Aside(all) => {
             frame::ahead(workers, isa, scalars, &all, kept);
             0
         }
@@ -292,9 +296,13 @@ pub fn update_rest(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    // The frame's log leaves nothing.
-    if let Ok((adam, states)) = by_adam(scalars, stored) {
-        adam::adamw_rest(workers, isa, &adam, states, exchange, kept);
+    match Logged::of(scalars, stored, exchange) {
+        Logged::Plain(adam, states, exchange) => {
+            adam::adamw_rest(workers, isa, &adam, states, exchange, kept);
+        }
+        Logged::Split(adam, all) => adam::ahead::rest_of(workers, isa, &adam, &all, kept),
+        // It leaves nothing.
+        Logged::Aside(_) => {}
     }
 }
 
@@ -311,19 +319,37 @@ pub fn update_undo(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    match by_adam(scalars, stored) {
-        Ok((adam, states)) => adam::adamw_undo(workers, isa, &adam, states, exchange, kept),
-        Err(stored) => frame::undo(workers, &All::new(stored, exchange), kept),
+    match Logged::of(scalars, stored, exchange) {
+        Logged::Plain(adam, states, exchange) => {
+            adam::adamw_undo(workers, isa, &adam, states, exchange, kept);
+        }
+        Logged::Split(adam, all) => adam::ahead::undo_of(workers, isa, &adam, &all, kept),
+        Logged::Aside(all) => frame::undo(workers, &all, kept),
     }
 }
 
-/// What AdamW's own loops are for.
-fn by_adam<'a>(
-    scalars: &Scalars,
-    stored: Stored<'a>,
-) -> Result<(AdamScalars, adam::States<'a>), Stored<'a>> {
-    match scalars {
-        Scalars::AdamW(adam) => stored.into_plain().map(|states| (*adam, states)),
-        _ => Err(stored),
+/// By what log an update can be undone.
+enum Logged<'a> {
+    /// AdamW's.
+    Plain(AdamScalars, adam::States<'a>, Exchange<'a>),
+    /// AdamW's, of a split master.
+    Split(AdamScalars, Halves<'a>),
+    /// A copy of what is overwritten.
+    Aside(All<'a>),
+}
+
+impl<'a> Logged<'a> {
+    fn of(scalars: &Scalars, stored: Stored<'a>, exchange: Exchange<'a>) -> Self {
+        let Scalars::AdamW(adam) = scalars else {
+            return Self::Aside(All::new(stored, exchange));
+        };
+        let stored = match stored.into_plain() {
+            Ok(states) => return Self::Plain(*adam, states, exchange),
+            Err(stored) => stored,
+        };
+        match Halves::new(stored, exchange) {
+            Ok(all) => Self::Split(*adam, all),
+            Err((stored, exchange)) => Self::Aside(All::new(stored, exchange)),
+        }
     }
 }

@@ -158,6 +158,35 @@ impl Call<'_> {
         Ok(())
     }
 
+    /// Whether a pointer points to something.
+    pub(super) fn given(&self, name: &str) -> Result<bool> {
+        let (_, bytes) = self.parameter(name)?;
+        Ok(u64::from_le_bytes(word(bytes)) != 0)
+    }
+
+    /// Elements of two bytes, as they are.
+    pub(super) fn halves(&self, name: &str, n: usize) -> Result<Vec<u16>> {
+        let (address, _) = self.place(name, 0, n)?;
+        let bytes = memory::read(address, 2 * n as u64);
+        let halves = bytes.as_chunks::<2>().0.iter();
+        Ok(halves.map(|c| u16::from_le_bytes(*c)).collect())
+    }
+
+    pub(super) fn put_halves(&self, name: &str, values: &[u16]) -> Result<()> {
+        let (address, _) = self.own_place(name, 0, values.len())?;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        memory::write(address, &bytes);
+        Ok(())
+    }
+
+    /// Sums, which may be in the host's memory.
+    pub(super) fn doubles(&self, name: &str, n: usize) -> Result<Vec<f64>> {
+        let (address, _) = self.place(name, 0, n)?;
+        let bytes = memory::read(address, 8 * n as u64);
+        let doubles = bytes.as_chunks::<8>().0.iter();
+        Ok(doubles.map(|c| f64::from_le_bytes(*c)).collect())
+    }
+
     pub(super) fn words(&self, name: &str, n: usize) -> Result<Vec<u32>> {
         let (address, _) = self.place(name, 0, n)?;
         let bytes = memory::read(address, 4 * n as u64);

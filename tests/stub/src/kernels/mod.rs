@@ -6,6 +6,7 @@ mod arguments;
 mod attention;
 mod decoder;
 mod optimizer;
+mod optimizers;
 
 pub(crate) use arguments::{Call, Result, bf16, from_bf16};
 
@@ -15,7 +16,7 @@ use crate::source::Signature;
 
 type Kernel = fn(&Call<'_>) -> Result<()>;
 
-const TABLE: [(&str, Kernel); 26] = [
+const TABLE: [(&str, Kernel); 30] = [
     ("adamw", optimizer::adamw),
     ("add", decoder::add),
     ("attention", attention::forward),
@@ -32,6 +33,9 @@ const TABLE: [(&str, Kernel); 26] = [
     ("embedding", decoder::embedding),
     ("embedding_backward", decoder::embedding_backward),
     ("embedding_chains", decoder::embedding_chains),
+    ("lamb_factor", optimizers::lamb_factor),
+    ("lamb_move", optimizers::lamb_move),
+    ("lamb_moments", optimizers::lamb_moments),
     ("poison", poison),
     ("rms_norm", decoder::rms_norm),
     ("rms_norm_backward", decoder::rms_norm_backward),
@@ -42,6 +46,7 @@ const TABLE: [(&str, Kernel); 26] = [
     ("swiglu", decoder::swiglu),
     ("swiglu_backward", decoder::swiglu_backward),
     ("trap", trap),
+    ("update", optimizers::update),
 ];
 
 fn find(name: &str) -> Option<Kernel> {

@@ -6,7 +6,7 @@ use super::super::paths::{StateSlices, Value};
 use super::super::{AdamScalars, element};
 
 /// Elements that are logged together: while they are at work, the log is in the first-level cache.
-pub(super) const UNIT: usize = 1024;
+pub(in crate::cpu) const UNIT: usize = 1024;
 /// Elements whose old values are written out together: a line of the caches of each state.
 pub(super) const BLOCK: usize = 16;
 /// Bytes of a unit's log: a line that says whether it was updated, for each block which states are written out,

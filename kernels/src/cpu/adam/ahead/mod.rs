@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::past_caches::{self, LINE};
 use super::paths::{StateSlices, Value};
-use super::{AdamScalars, CHUNK, Exchange, Pieces, States, Visit};
+use super::{AdamScalars, CHUNK, Exchange, Pieces, Source, States, Update, Visit};
 use crate::cpu::isa::Isa;
 use crate::cpu::shared::Shared;
 use crate::cpu::workers::Workers;
-use log::{Room, UNIT, UNIT_LOG, WHOLE};
+pub(in crate::cpu) use log::UNIT;
+use log::{Room, UNIT_LOG, WHOLE};
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -58,8 +59,19 @@ pub fn adamw_ahead(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) -> usize {
+    ahead_of(workers, isa, scalars, &Pieces::new(states, exchange), kept)
+}
+
+/// As [`adamw_ahead`], of states however they are kept.
+pub(in crate::cpu) fn ahead_of<S: Source>(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &AdamScalars,
+    all: &S,
+    kept: Kept<'_>,
+) -> usize {
     let left = AtomicUsize::new(0);
-    units(workers, isa, states, exchange, kept, &|unit, room| {
+    units(workers, isa, all, kept, &|unit, room| {
         let elements = unit.range.len();
         // SAFETY: units do not overlap, and the machine runs it (checked).
         if !unsafe { unit.ahead(isa, scalars, room) } {
@@ -81,10 +93,21 @@ pub fn adamw_rest(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    units(workers, isa, states, exchange, kept, &|unit, _| {
+    rest_of(workers, isa, scalars, &Pieces::new(states, exchange), kept);
+}
+
+/// As [`adamw_rest`], of states however they are kept.
+pub(in crate::cpu) fn rest_of<S: Source>(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &AdamScalars,
+    all: &S,
+    kept: Kept<'_>,
+) {
+    units(workers, isa, all, kept, &|unit, _| {
         if !unit.whole() {
             // SAFETY: units do not overlap, and the machine runs it (checked).
-            unsafe { unit.all.update(isa, scalars, unit.range) };
+            unsafe { unit.all.visit(unit.range, Update(isa, scalars)) };
         }
     });
 }
@@ -102,7 +125,18 @@ pub fn adamw_undo(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    units(workers, isa, states, exchange, kept, &|unit, room| {
+    undo_of(workers, isa, scalars, &Pieces::new(states, exchange), kept);
+}
+
+/// As [`adamw_undo`], of states however they are kept.
+pub(in crate::cpu) fn undo_of<S: Source>(
+    workers: &Workers,
+    isa: Isa,
+    scalars: &AdamScalars,
+    all: &S,
+    kept: Kept<'_>,
+) {
+    units(workers, isa, all, kept, &|unit, room| {
         if unit.whole() {
             // SAFETY: units do not overlap, and the machine runs it (checked).
             unsafe { unit.undo(isa, scalars, room) };
@@ -111,18 +145,16 @@ pub fn adamw_undo(
 }
 
 /// Calls `f` with every unit, on all workers.
-fn units(
+fn units<S: Source>(
     workers: &Workers,
     isa: Isa,
-    states: States<'_>,
-    exchange: Exchange<'_>,
+    all: &S,
     kept: Kept<'_>,
-    f: &(dyn Fn(Unit<'_, '_>, &mut Room) + Sync),
+    f: &(dyn Fn(Unit<'_, S>, &mut Room) + Sync),
 ) {
     assert!(isa.runs_here(), "this machine cannot run {isa:?}");
-    let len = states.master.len();
-    let all = Pieces::new(states, exchange);
-    let bytes = all.sides.bytes_in_place();
+    let len = all.len();
+    let bytes = all.bytes_in_place();
     assert_eq!(
         (kept.log.len(), kept.grad.len()),
         (log_bytes(len), len * bytes),
@@ -142,7 +174,7 @@ fn units(
                 )
             };
             let unit = Unit {
-                all: &all,
+                all,
                 range: start..end,
                 log,
                 grad,
@@ -155,15 +187,15 @@ fn units(
 }
 
 /// Elements that are logged together.
-struct Unit<'u, 'a> {
-    all: &'u Pieces<'a>,
+struct Unit<'u, S> {
+    all: &'u S,
     range: Range<usize>,
     log: &'u mut [u8],
     /// The bytes of the gradient, if the parameter takes its place.
     grad: &'u mut [u8],
 }
 
-impl Unit<'_, '_> {
+impl<S: Source> Unit<'_, S> {
     fn whole(&self) -> bool {
         self.log[0] == WHOLE
     }
