@@ -381,47 +381,13 @@ fn eval(trainer: &mut forebay::Trainer, decoder: &forebay_decoder::Decoder) -> u
 
 /// A step in which one section's gradient is infinite.
 fn poisoned(trainer: &mut forebay::Trainer, decoder: &forebay_decoder::Decoder) {
-    #[derive(Clone, Copy)]
-    struct Poison;
-    impl forebay::Operation for Poison {
-        fn name(&self) -> &'static str {
-            "poison"
-        }
-        fn host(
-            &self,
-            _: &forebay::HostContext,
-            mut args: forebay::HostArgs<'_>,
-        ) -> Result<(), String> {
-            args.output::<f32>()?[0] = f32::INFINITY;
-            Ok(())
-        }
-        fn cuda(
-            &self,
-            cx: &forebay::CudaContext<'_>,
-            mut args: forebay::CudaArgs<'_>,
-        ) -> Result<(), String> {
-            const SOURCE: &str = r#"
-                extern "C" __global__ void poison(float* x) { *x = INFINITY_F; }
-            "#;
-            let mut x = forebay::Args::new().with(args.output()?.address);
-            let one = [1; 3];
-            // SAFETY: as the kernel takes them.
-            let done = unsafe {
-                cx.kernels.source("poison", SOURCE).and_then(|()| {
-                    let name = ("poison", None);
-                    cx.kernels.launch(cx.stream, name, one, [1; 2], 0, &mut x)
-                })
-            };
-            done.map_err(|error| error.to_string())
-        }
-    }
     let (ids, targets) = common::tokens(trainer.steps());
     let step = trainer.begin(5e-3).unwrap();
     let mut observer = |lease: &forebay::StageLease<'_>, id: forebay::SectionId| {
         // The embedding comes last: everything else is on its way by then.
         if id == forebay::SectionId(0) {
             let grad = lease.grad(id, "weight")?;
-            step.launch(Poison, &[], &[grad])?;
+            step.launch(common::Poison, &[], &[grad])?;
         }
         Ok(())
     };

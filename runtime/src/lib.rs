@@ -99,6 +99,6 @@ pub use tensor::{DType, Shape, Tensor, TensorMut};
 pub use trainer::{
     AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, ExternalStream, Finished, Footprint, Frame,
     HopReport, IoChoice, Options, Pass, Policy, Publish, PublishCost, RandomInit, Report,
-    StageLease, Step, Target, TierReport, Trainer, Weights, footprint, requirements,
+    StageLease, Step, Target, TierReport, Trainer, Updates, Weights, footprint, requirements,
     stored_user_text,
 };

@@ -6,7 +6,8 @@ use std::path::Path;
 use forebay::nvme::sim::SimDisk;
 use forebay::nvme::{self, Store};
 use forebay::{
-    DType, HostArgs, HostContext, Operation, Options, Policy, RandomInit, Result, Trainer,
+    Args, CudaArgs, CudaContext, DType, HostArgs, HostContext, Operation, Options, Policy,
+    RandomInit, Result, Trainer,
 };
 use forebay_decoder::{Batch, Config, Decoder, Family};
 
@@ -149,5 +150,37 @@ impl Operation for Accumulate {
         let (x, y) = (args.input::<f32>()?, args.output::<f32>()?);
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
         Ok(())
+    }
+}
+
+/// Makes the first number of a gradient infinite.
+#[derive(Clone, Copy)]
+pub(crate) struct Poison;
+impl Operation for Poison {
+    fn name(&self) -> &'static str {
+        "poison"
+    }
+    fn host(&self, _: &HostContext, mut args: HostArgs<'_>) -> std::result::Result<(), String> {
+        args.output::<f32>()?[0] = f32::INFINITY;
+        Ok(())
+    }
+    fn cuda(
+        &self,
+        cx: &CudaContext<'_>,
+        mut args: CudaArgs<'_>,
+    ) -> std::result::Result<(), String> {
+        const SOURCE: &str = r#"
+            extern "C" __global__ void poison(float* x) { *x = INFINITY_F; }
+        "#;
+        let mut x = Args::new().with(args.output()?.address);
+        let one = [1; 3];
+        // SAFETY: as the kernel takes them.
+        let done = unsafe {
+            cx.kernels.source("poison", SOURCE).and_then(|()| {
+                let name = ("poison", None);
+                cx.kernels.launch(cx.stream, name, one, [1; 2], 0, &mut x)
+            })
+        };
+        done.map_err(|error| error.to_string())
     }
 }

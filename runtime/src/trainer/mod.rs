@@ -1,6 +1,7 @@
 //! The training step on three tiers.
 
 mod ahead;
+mod delayed;
 mod driver;
 mod dry;
 mod engine;
@@ -20,7 +21,7 @@ mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
 pub use options::{
-    AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target,
+    AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target, Updates,
 };
 pub use report::{AheadReport, Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
@@ -42,7 +43,7 @@ use crate::model::Model;
 use crate::queue::{Notifier, WorkQueue};
 use crate::tensor::DType;
 use ahead::RunAhead;
-use engine::{Engine, Parts, key};
+use engine::{Engine, Parts, Pass as Walk, key};
 use places::Places;
 use scratch::Scratch;
 use trace::Trace;
@@ -165,6 +166,7 @@ impl Trainer {
         let engine = Engine::new(Parts {
             train,
             eval: Plan::evaluation(&order_model, &placement)?,
+            flush: Plan::flush(&order_model, &placement)?,
             model: Arc::clone(&model),
             optimizer: Optimizer {
                 workers,
@@ -199,7 +201,7 @@ impl Trainer {
     /// # Errors
     /// If an earlier step failed.
     pub fn begin(&mut self, lr: f64) -> Result<Step<'_>> {
-        let begun = self.engine.begin(Pass::Train, lr);
+        let begun = self.engine.begin(Walk::Train, lr);
         self.engine.sticky(begun)?;
         Ok(Step::new(
             &mut self.engine,
@@ -215,7 +217,7 @@ impl Trainer {
     /// If an earlier step failed.
     pub fn eval(&mut self) -> Result<Step<'_>> {
         self.settle()?;
-        let begun = self.engine.begin(Pass::Eval, 0.0);
+        let begun = self.engine.begin(Walk::Eval, 0.0);
         self.engine.sticky(begun)?;
         Ok(Step::new(
             &mut self.engine,
@@ -225,7 +227,7 @@ impl Trainer {
         ))
     }
 
-    /// Waits until all updates and writes are done.
+    /// Waits until all updates and writes are done, with [`Updates::Delayed`] those of the newest gradient too.
     ///
     /// # Errors
     /// The first of their failures.
@@ -364,18 +366,16 @@ fn place(
         .optimizer_chunk
         .unwrap_or_else(|| chunk(elements().sum()))
         .min(largest);
+    let timing = timing(options);
     let (undo_log_bytes, undo_grad_bytes) = match options.ahead {
+        _ if timing == Timing::Delayed => (0, 0),
         Ahead::Never => (0, 0),
         Ahead::Auto | Ahead::Always => update::undo_room(model, chunk),
     };
     let place_options = order::PlaceOptions {
         policy: options.placement,
         lookahead: options.lookahead,
-        timing: if options.clip.is_some() {
-            Timing::AfterNorm
-        } else {
-            Timing::Immediate
-        },
+        timing,
         chunk_elements: chunk,
         partitions: options.partitions,
         scratch_bytes: places::device_fixed_bytes(footprint),
@@ -384,6 +384,14 @@ fn place(
         undo_grad_bytes,
     };
     Ok(order::place(order_model, budgets, &place_options)?)
+}
+
+fn timing(options: &Options) -> Timing {
+    match (options.updates, options.clip) {
+        (Updates::Delayed, _) => Timing::Delayed,
+        (Updates::Exact, Some(_)) => Timing::AfterNorm,
+        (Updates::Exact, None) => Timing::Immediate,
+    }
 }
 
 /// Elements of a part, from the model alone, so that a store opens under any budget: large enough
@@ -442,7 +450,7 @@ fn disk(
     }
     tuning.throttle = options.disk_throttle;
     store.tuning = Some(tuning);
-    store.undo = options.clip.is_none();
+    store.undo = timing(options) == Timing::Immediate;
     store.copies = match options.publish {
         Publish::Often => Copies::Two,
         Publish::End | Publish::Never => Copies::One,

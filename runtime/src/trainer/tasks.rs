@@ -39,6 +39,7 @@ impl Engine {
                 TaskKind::GradOut(s)
                 | TaskKind::PushParam(s)
                 | TaskKind::WriteParam(s)
+                | TaskKind::SwapParam(s)
                 | TaskKind::Update(s, _),
                 None,
                 _,
@@ -151,7 +152,7 @@ impl Engine {
 
     pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
         let place = self.part_place(task, spec, section, part);
-        let scalars = self.step_scalars(task.step);
+        let scalars = self.update_scalars(task);
         let seq = self.queue_update(section, Work::Update, place, scalars, None);
         self.fly(task, Sign::Cpu(seq));
     }
@@ -170,6 +171,8 @@ impl Engine {
         };
         let span = self.placement.parts(section)[part as usize];
         let param = self.places.param[section.0 as usize].as_ref();
+        // A slab that the step still reads from is not written.
+        let param = param.filter(|_| !self.delayed());
         PartPlace {
             states: self.places.get(states).address().cast(),
             grad: self.places.get(self.slab_place(task, spec)).address(),
