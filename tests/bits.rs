@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{create, decoder, decoder_in, options, resume, train, with_budgets};
+use common::{create, decoder, decoder_in, options, resume, split, train, with_budgets};
 use forebay::{Ahead, AheadReport, DType, Options, Policy};
 
 const STEPS: u64 = 8;
@@ -74,33 +74,6 @@ fn in_bf16_too_every_placement_and_look_ahead_gives_the_same_bits() {
         }
         assert_ne!(reference, exact);
     }
-}
-
-/// Options under which this many thirds of the optimizer states find room on the device, and under Auto
-/// half of the rest in pinned memory.
-fn split(options: Options, decoder: &forebay_decoder::Decoder, thirds: u64) -> Options {
-    let all = Options {
-        placement: Policy::Resident,
-        ..options.clone()
-    };
-    let all = with_budgets(all, decoder).device_budget.unwrap();
-    let states = 12 * decoder.model().elements();
-    let mut options = options;
-    options.device_budget = Some(all - states * (3 - thirds) / 3);
-    let ahead = options.ahead;
-    if options.placement == Policy::Auto {
-        // All that is in pinned memory is states.
-        options.ahead = Ahead::Never;
-    }
-    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
-    let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
-    options.pinned_budget = Some(needs.pinned_bytes);
-    if options.placement == Policy::Auto {
-        let rest = states * (3 - thirds) / 3;
-        options.pinned_budget = Some(needs.pinned_bytes - rest / 2);
-    }
-    options.ahead = ahead;
-    options
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{config, create, options, resume, tokens, with_budgets};
+use common::{config, create, options, resume, split, tokens, with_budgets};
 use forebay::{
     DType, Options, Policy, RandomInit, Result, Section, SectionId, StageLease, TensorSpec,
     Trainer, Updates, Weights,
@@ -60,12 +60,25 @@ impl Case {
 
     /// The bits of all losses of a delayed run, and the steps that it skipped.
     fn run(self, events: &[Event], change: impl Fn(&mut Options)) -> (Vec<u32>, u64) {
+        self.run_with(events, None, change)
+    }
+
+    /// As many thirds of the optimizer states on the device.
+    fn run_with(
+        self,
+        events: &[Event],
+        thirds: Option<u64>,
+        change: impl Fn(&mut Options),
+    ) -> (Vec<u32>, u64) {
         let folder = tempfile::tempdir().unwrap();
         let decoder = self.decoder();
         let mut options = options(folder.path());
         (options.clip, options.updates) = (self.clip, Updates::Delayed);
         change(&mut options);
-        let options = with_budgets(options, &decoder);
+        let options = match thirds {
+            Some(thirds) => split(options, &decoder, thirds),
+            None => with_budgets(options, &decoder),
+        };
         let mut trainer = create(&decoder, &options);
         let (mut bits, mut skipped) = (Vec::new(), 0);
         for event in events {
@@ -368,6 +381,14 @@ fn gradients_skipped_or_discarded_and_those_applied_early_for_whom_they_wait_are
                     (o.placement, o.lookahead) = (placement, lookahead);
                 });
                 assert_eq!(got, reference, "{case:?}, {placement:?}, {lookahead}");
+            }
+        }
+        // New parameters pushed to the device, made there, read in parts from disk.
+        for placement in [Policy::Resident, Policy::Auto] {
+            for thirds in 0..=2 {
+                let got = case.run_with(&MIXED, Some(thirds), |o| o.placement = placement);
+                let what = format!("{case:?}, {placement:?}, {thirds} thirds on the device");
+                assert_eq!(got, reference, "{what}");
             }
         }
         // Whoever asks for parameters of all gradients changes what comes behind.

@@ -6,7 +6,7 @@ use std::path::Path;
 use forebay::nvme::sim::SimDisk;
 use forebay::nvme::{self, Store};
 use forebay::{
-    Args, CudaArgs, CudaContext, DType, HostArgs, HostContext, Operation, Options, Policy,
+    Ahead, Args, CudaArgs, CudaContext, DType, HostArgs, HostContext, Operation, Options, Policy,
     RandomInit, Result, Trainer,
 };
 use forebay_decoder::{Batch, Config, Decoder, Family};
@@ -80,6 +80,33 @@ pub(crate) fn with_budgets(mut options: Options, decoder: &Decoder) -> Options {
             options.pinned_budget = Some(least.pinned_bytes);
         }
     }
+    options
+}
+
+/// Options under which this many thirds of the optimizer states find room on the device, and under Auto
+/// half of the rest in pinned memory.
+pub(crate) fn split(options: Options, decoder: &Decoder, thirds: u64) -> Options {
+    let all = Options {
+        placement: Policy::Resident,
+        ..options.clone()
+    };
+    let all = with_budgets(all, decoder).device_budget.unwrap();
+    let states = 12 * decoder.model().elements();
+    let mut options = options;
+    options.device_budget = Some(all - states * (3 - thirds) / 3);
+    let ahead = options.ahead;
+    if options.placement == Policy::Auto {
+        // All that is in pinned memory is states.
+        options.ahead = Ahead::Never;
+    }
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+    let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
+    options.pinned_budget = Some(needs.pinned_bytes);
+    if options.placement == Policy::Auto {
+        let rest = states * (3 - thirds) / 3;
+        options.pinned_budget = Some(needs.pinned_bytes - rest / 2);
+    }
+    options.ahead = ahead;
     options
 }
 
