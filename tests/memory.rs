@@ -214,7 +214,10 @@ fn steady_allocations(placement: Policy, clip: Option<f64>, updates: Updates) ->
     options.updates = updates;
     options.optimizer_chunk = Some(4096);
     let pinned = if placement == Policy::Pinned {
-        options.ahead = Ahead::Always;
+        options.ahead = match updates {
+            Updates::Exact => Ahead::Always,
+            Updates::Delayed => Ahead::Auto,
+        };
         4000 << 10
     } else {
         1600 << 10

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use forebay::{
     AdamW, Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
-    requirements,
+    Updates, requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
 use rand::SeedableRng;
@@ -330,6 +330,9 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
         When::Never => Publish::Never,
     };
     options.ahead = args.ahead;
+    if recipe.delayed_update {
+        options.updates = Updates::Delayed;
+    }
     options.trace = args.trace.clone();
     options.disk_throttle = args.disk_throttle.map(|b| b.0);
     Ok(options)

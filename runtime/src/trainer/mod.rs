@@ -367,6 +367,11 @@ fn place(
         .unwrap_or_else(|| chunk(elements().sum()))
         .min(largest);
     let timing = timing(options);
+    if timing == Timing::Delayed && options.ahead == Ahead::Always {
+        let what = "with delayed updates none runs ahead of the norm, which is known before them; leave Ahead at \
+                    auto, or the updates exact";
+        return Err(Error::Misuse(what.to_owned()));
+    }
     let (undo_log_bytes, undo_grad_bytes) = match options.ahead {
         _ if timing == Timing::Delayed => (0, 0),
         Ahead::Never => (0, 0),

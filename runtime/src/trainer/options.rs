@@ -69,6 +69,15 @@ pub enum Updates {
     Delayed,
 }
 
+impl std::fmt::Display for Updates {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Exact => "exact",
+            Self::Delayed => "delayed by a step (approximate)",
+        })
+    }
+}
+
 /// What a trainer may use and how it updates. Start from [`Options::new`].
 #[derive(Clone, Debug)]
 pub struct Options {
