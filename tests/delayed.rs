@@ -6,7 +6,7 @@ mod common;
 
 use common::{config, create, options, resume, split, tokens, with_budgets};
 use forebay::{
-    DType, Options, Policy, RandomInit, Result, Section, SectionId, StageLease, TensorSpec,
+    Ahead, DType, Options, Policy, RandomInit, Result, Section, SectionId, StageLease, TensorSpec,
     Trainer, Updates, Weights,
 };
 use forebay_decoder::{Batch, Config, Decoder};
@@ -418,4 +418,16 @@ fn a_delayed_run_learns_about_as_fast_as_an_exact_one() {
         delayed > 1.0 && delayed > 0.8 * exact,
         "{delayed} of {exact}"
     );
+}
+
+#[test]
+fn what_would_run_ahead_of_the_norm_and_behind_it_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let decoder = CASES[0].decoder();
+    let mut options = with_budgets(options(folder.path()), &decoder);
+    (options.updates, options.ahead) = (Updates::Delayed, Ahead::Always);
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+    let refused = forebay::requirements(decoder.model(), footprint, &options);
+    let error = refused.unwrap_err().to_string();
+    assert!(error.contains("leave Ahead at auto"), "{error}");
 }
