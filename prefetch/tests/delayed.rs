@@ -182,6 +182,29 @@ fn validate(
     Ok(())
 }
 
+/// Whether every task of a kind waits, at whatever remove, for those of another kind in the step before.
+fn waits(plan: &Plan, kind: TaskKind, for_: TaskKind) -> bool {
+    let all = (0..).map(TaskId).zip(plan.tasks());
+    let of = |kind: TaskKind| {
+        let of_kind = all.clone().filter(move |(_, task)| task.kind == kind);
+        of_kind.map(|(id, _)| id)
+    };
+    of(kind).all(|id| {
+        let (mut reached, mut next) = (vec![[false; 2]; plan.tasks().len()], vec![(id, true)]);
+        while let Some((id, now)) = next.pop() {
+            if std::mem::replace(&mut reached[id.0 as usize][usize::from(now)], true) {
+                continue;
+            }
+            for dep in &plan.task(id).deps {
+                if now || !dep.previous_step {
+                    next.push((dep.task, now && !dep.previous_step));
+                }
+            }
+        }
+        of(for_).all(|id| reached[id.0 as usize][0])
+    })
+}
+
 /// How often each kind of task stands in a plan.
 fn kinds(plan: &Plan, pick: impl Fn(&TaskKind) -> bool) -> usize {
     plan.tasks().iter().filter(|t| pick(&t.kind)).count()
@@ -221,6 +244,18 @@ proptest! {
         let plan = Arc::new(Plan::training(&model, &placement).unwrap());
         let report = simulate(Arc::clone(&plan), &rates, 4, seed);
         validate(&model, &placement, &report, 4).map_err(TestCaseError::fail)?;
+        // What equal speeds may bring about, another machine's need not.
+        for section in (0..model.sections.len() as u32).map(SectionId) {
+            for (task, earlier) in [
+                (TaskKind::GradNorm(section), TaskKind::Norm),
+                (TaskKind::ReadGrad(section), TaskKind::SpillGrad(section)),
+                (TaskKind::Update(section, 0), TaskKind::Norm),
+                (TaskKind::Update(section, 0), TaskKind::GradOut(section)),
+            ] {
+                prop_assert!(waits(&plan, task, earlier), "{task:?} for {earlier:?}");
+            }
+        }
+        prop_assert!(!waits(&plan, TaskKind::Norm, TaskKind::Commit), "nor does all wait for all");
         let exact = PlaceOptions { timing: Timing::AfterNorm, ..*placement.options() };
         let exact = place(&model, Budgets { device_bytes, pinned_bytes: placement.pinned_bytes() }, &exact);
         if let Ok(exact) = exact {
