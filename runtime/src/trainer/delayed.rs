@@ -31,7 +31,7 @@ impl Engine {
     pub(super) fn applies(&self, task: TaskRef) -> Option<u64> {
         match self.pass {
             Pass::Flush => self.waiting,
-            Pass::Train | Pass::Eval => self.open(task.step).applies,
+            Pass::Train | Pass::Eval => self.open.of(task.step).applies,
         }
     }
 

@@ -284,7 +284,7 @@ impl Engine {
     fn finish_pass(&mut self, ending: Ending) -> Result<Finished> {
         self.walking = false;
         if let Some((_, task)) = self.stage.take().filter(|_| self.pass == Pass::Train) {
-            self.open_mut(task.step).ending = Some(ending);
+            self.open.of_mut(task.step).ending = Some(ending);
         }
         if let Some(norm) = self.held.take() {
             self.norm(norm)?;

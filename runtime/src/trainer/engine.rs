@@ -60,7 +60,7 @@ pub(super) enum Pass {
     Flush,
 }
 
-/// What belongs to one step of the two that may be open, or of the one before.
+/// What belongs to one step.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OpenStep {
     pub(super) lr: f64,
@@ -70,6 +70,20 @@ pub(super) struct OpenStep {
     pub(super) scalars: Option<StepScalars>,
     /// With delayed updates: the step whose gradient this one's updates apply.
     pub(super) applies: Option<u64>,
+}
+
+/// The two steps that may be open, and the one before: delayed updates use what its norm decided.
+#[derive(Debug, Default)]
+pub(super) struct OpenSteps([OpenStep; 3]);
+
+impl OpenSteps {
+    pub(super) fn of(&self, step: u64) -> &OpenStep {
+        &self.0[(step % 3) as usize]
+    }
+
+    pub(super) fn of_mut(&mut self, step: u64) -> &mut OpenStep {
+        &mut self.0[(step % 3) as usize]
+    }
 }
 
 /// What the engine is made from.
@@ -111,7 +125,7 @@ pub(crate) struct Engine {
     pub(super) flying: Vec<(TaskRef, Sign)>,
     pub(super) moving: Vec<Moving>,
     pub(super) runs: Vec<Arc<[Run]>>,
-    pub(super) open: [OpenStep; 3],
+    pub(super) open: OpenSteps,
     /// With delayed updates: the newest step whose gradient nothing has applied yet.
     pub(super) waiting: Option<u64>,
     pub(super) adam: AdamW,
@@ -170,7 +184,7 @@ impl Engine {
             pass: Pass::Train,
             flying: Vec::with_capacity(2 * tasks),
             moving: Vec::with_capacity(128),
-            open: [OpenStep::default(); 3],
+            open: OpenSteps::default(),
             waiting: None,
             adam: parts.adam,
             clip: parts.clip,
@@ -212,7 +226,7 @@ impl Engine {
         self.input_used = 0;
         if pass == Pass::Train {
             let applies = self.delayed().then(|| self.waiting.replace(step)).flatten();
-            *self.open_mut(step) = OpenStep {
+            *self.open.of_mut(step) = OpenStep {
                 lr,
                 applies,
                 ..OpenStep::default()
@@ -233,14 +247,6 @@ impl Engine {
         self.check_walked()?;
         self.wait_until(|engine| engine.scheduler().idle())?;
         self.flush()
-    }
-
-    pub(super) fn open(&self, step: u64) -> &OpenStep {
-        &self.open[(step % self.open.len() as u64) as usize]
-    }
-
-    pub(super) fn open_mut(&mut self, step: u64) -> &mut OpenStep {
-        &mut self.open[(step % self.open.len() as u64) as usize]
     }
 
     /// Remembers the first failure: what was under way when it happened is not to be trusted.

@@ -25,7 +25,7 @@ pub(super) struct Resolving {
 impl Engine {
     /// All sums are known.
     pub(super) fn norm(&mut self, task: TaskRef) -> Result<()> {
-        let Some(ending) = self.open(task.step).ending else {
+        let Some(ending) = self.open.of(task.step).ending else {
             // The trainer may discard the step yet.
             self.held = Some(task);
             return Ok(());
@@ -49,7 +49,7 @@ impl Engine {
             self.skipped += u64::from(ending == Ending::Apply);
             StepScalars::unchanged()
         };
-        self.open_mut(task.step).scalars = Some(scalars);
+        self.open.of_mut(task.step).scalars = Some(scalars);
         // Early updates counted on a step like this one.
         let stands = counts && scale == 1.0;
         self.ahead.decided(stands);
@@ -79,7 +79,7 @@ impl Engine {
     }
 
     fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
-        let lr = self.open(step).lr;
+        let lr = self.open.of(step).lr;
         let plain = AdamW {
             weight_decay: 0.0,
             ..self.adam
@@ -93,7 +93,7 @@ impl Engine {
     /// What the updates of a step use. Before the norm the step counts as one that will be applied, and not
     /// clipped.
     pub(super) fn step_scalars(&self, step: u64) -> StepScalars {
-        let known = self.open(step).scalars;
+        let known = self.open.of(step).scalars;
         known.unwrap_or_else(|| self.scalars(step, self.applied + 1, 1.0))
     }
 
