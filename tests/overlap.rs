@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use forebay::{
-    Ceilings, DType, HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy,
+    Bound, Ceilings, DType, HostArgs, HostContext, Init, Model, Operation, Options, Pass, Policy,
     RandomInit, Section, SectionId, Stage, StageId, Step, Trainer, Updates,
 };
 
@@ -59,11 +59,11 @@ static ALONE: Mutex<()> = Mutex::new(());
 /// Step time over bound with states on a disk so slow that it takes as long as compute.
 fn ratio(lookahead: u32) -> f64 {
     let (step, bound) = seconds(lookahead, None, Updates::Exact);
-    step / bound
+    step / bound.seconds
 }
 
 /// The seconds of a step, and the bound.
-fn seconds(lookahead: u32, clip: Option<f64>, updates: Updates) -> (f64, f64) {
+fn seconds(lookahead: u32, clip: Option<f64>, updates: Updates) -> (f64, Bound) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut model = Model::new("overlap");
     for layer in 0..LAYERS {
@@ -132,7 +132,7 @@ fn seconds(lookahead: u32, clip: Option<f64>, updates: Updates) -> (f64, f64) {
         "look-ahead {lookahead}, {updates}: step {:.0} ms, {bound:?}",
         report.step_s * 1e3
     );
-    (report.step_s, bound.seconds)
+    (report.step_s, bound)
 }
 
 #[test]
@@ -150,9 +150,13 @@ fn with_a_disk_as_slow_as_compute_a_step_takes_little_more_than_one_of_them() {
 fn where_each_step_clips_a_delayed_one_takes_little_more_than_the_disk_or_compute_and_an_exact_one_does()
  {
     let clip = Some(1e-9);
-    let (delayed, bound) = seconds(2, clip, Updates::Delayed);
-    let (exact, longer) = seconds(2, clip, Updates::Exact);
-    println!("{delayed:.3} s of {bound:.3}; exact {exact:.3} s of {longer:.3}");
-    assert!(delayed <= 1.3 * bound, "{delayed:.3} of {bound:.3}");
-    assert!(longer > 1.05 * bound && exact > 1.15 * delayed);
+    // Each beside what it spent in compute itself: the machine may be busy with other things in one of them.
+    let ratio = |updates| {
+        let (step, bound) = seconds(2, clip, updates);
+        step / bound.compute
+    };
+    let (delayed, exact) = (ratio(Updates::Delayed), ratio(Updates::Exact));
+    println!("step / compute: delayed {delayed:.2}, exact {exact:.2}");
+    assert!(delayed <= 1.25, "{delayed:.2}");
+    assert!(exact > 1.25, "{exact:.2}");
 }
