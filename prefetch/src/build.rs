@@ -302,11 +302,7 @@ impl<'a> Builder<'a> {
         }
         let elements = self.model.sections[section.0 as usize].elements;
         let home = self.placement.grad_home(section);
-        let mut free = Vec::new();
-        if self.delayed() {
-            self.updates_of_waiting(section);
-            free = self.place_is_free(section);
-        }
+        let mut free = self.place_freed(section);
         let mut deps = vec![issued(compute)];
         if home == GradHome::Device {
             deps.append(&mut free);

@@ -34,7 +34,7 @@ impl Builder<'_> {
     /// Updates a section with the gradient of the step before, and brings the new parameters to where they live
     /// once the stages so far have read the old ones. Stands in front of what ends the new gradient, in whose
     /// order it is due.
-    pub(super) fn updates_of_waiting(&mut self, section: SectionId) {
+    fn updates_of_waiting(&mut self, section: SectionId) {
         match self.placement.grad_home(section) {
             GradHome::Device => {
                 let user = self.progress(section).user;
@@ -61,8 +61,12 @@ impl Builder<'_> {
             .collect()
     }
 
-    /// What must have left a gradient's place before the next one comes.
-    pub(super) fn place_is_free(&self, section: SectionId) -> Vec<Dep> {
+    /// Has the gradient that waits applied. What must have left its place before the next one comes.
+    pub(super) fn place_freed(&mut self, section: SectionId) -> Vec<Dep> {
+        if !self.delayed() {
+            return Vec::new();
+        }
+        self.updates_of_waiting(section);
         let progress = &self.sections[section.0 as usize];
         let Some(settled) = progress.settled else {
             return progress.updates.iter().copied().map(issued).collect();

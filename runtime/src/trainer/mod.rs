@@ -211,7 +211,7 @@ impl Trainer {
         ))
     }
 
-    /// Begins a forward pass without gradients. Updates under way are waited for.
+    /// Begins a forward pass without gradients. Updates under way are waited for, as [`Trainer::settle`] does.
     ///
     /// # Errors
     /// If an earlier step failed.
@@ -237,7 +237,7 @@ impl Trainer {
     }
 
     /// Makes all states durable as a new generation, with a text of the user's own (a schedule, a
-    /// data position). Returns its number.
+    /// data position), settled as by [`Trainer::settle`]. Returns its number.
     ///
     /// # Errors
     /// The disk's failure; the generation before stands then. [`Error::Misuse`] under
