@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{create, decoder, decoder_in, options, resume, train, with_budgets};
+use common::{create, decoder, decoder_in, options, resume, split, train, with_budgets};
 use forebay::{Ahead, AheadReport, DType, Options, Policy};
 
 const STEPS: u64 = 8;
@@ -74,33 +74,6 @@ fn in_bf16_too_every_placement_and_look_ahead_gives_the_same_bits() {
         }
         assert_ne!(reference, exact);
     }
-}
-
-/// Options under which this many thirds of the optimizer states find room on the device, and under Auto
-/// half of the rest in pinned memory.
-fn split(options: Options, decoder: &forebay_decoder::Decoder, thirds: u64) -> Options {
-    let all = Options {
-        placement: Policy::Resident,
-        ..options.clone()
-    };
-    let all = with_budgets(all, decoder).device_budget.unwrap();
-    let states = 12 * decoder.model().elements();
-    let mut options = options;
-    options.device_budget = Some(all - states * (3 - thirds) / 3);
-    let ahead = options.ahead;
-    if options.placement == Policy::Auto {
-        // All that is in pinned memory is states.
-        options.ahead = Ahead::Never;
-    }
-    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
-    let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
-    options.pinned_budget = Some(needs.pinned_bytes);
-    if options.placement == Policy::Auto {
-        let rest = states * (3 - thirds) / 3;
-        options.pinned_budget = Some(needs.pinned_bytes - rest / 2);
-    }
-    options.ahead = ahead;
-    options
 }
 
 #[test]
@@ -381,47 +354,13 @@ fn eval(trainer: &mut forebay::Trainer, decoder: &forebay_decoder::Decoder) -> u
 
 /// A step in which one section's gradient is infinite.
 fn poisoned(trainer: &mut forebay::Trainer, decoder: &forebay_decoder::Decoder) {
-    #[derive(Clone, Copy)]
-    struct Poison;
-    impl forebay::Operation for Poison {
-        fn name(&self) -> &'static str {
-            "poison"
-        }
-        fn host(
-            &self,
-            _: &forebay::HostContext,
-            mut args: forebay::HostArgs<'_>,
-        ) -> Result<(), String> {
-            args.output::<f32>()?[0] = f32::INFINITY;
-            Ok(())
-        }
-        fn cuda(
-            &self,
-            cx: &forebay::CudaContext<'_>,
-            mut args: forebay::CudaArgs<'_>,
-        ) -> Result<(), String> {
-            const SOURCE: &str = r#"
-                extern "C" __global__ void poison(float* x) { *x = INFINITY_F; }
-            "#;
-            let mut x = forebay::Args::new().with(args.output()?.address);
-            let one = [1; 3];
-            // SAFETY: as the kernel takes them.
-            let done = unsafe {
-                cx.kernels.source("poison", SOURCE).and_then(|()| {
-                    let name = ("poison", None);
-                    cx.kernels.launch(cx.stream, name, one, [1; 2], 0, &mut x)
-                })
-            };
-            done.map_err(|error| error.to_string())
-        }
-    }
     let (ids, targets) = common::tokens(trainer.steps());
     let step = trainer.begin(5e-3).unwrap();
     let mut observer = |lease: &forebay::StageLease<'_>, id: forebay::SectionId| {
         // The embedding comes last: everything else is on its way by then.
         if id == forebay::SectionId(0) {
             let grad = lease.grad(id, "weight")?;
-            step.launch(Poison, &[], &[grad])?;
+            step.launch(common::Poison, &[], &[grad])?;
         }
         Ok(())
     };

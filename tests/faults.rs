@@ -11,7 +11,7 @@ use std::sync::Arc;
 use common::{decoder, go_on, options, try_step, with_budgets};
 use forebay::nvme;
 use forebay::nvme::sim::{Fault, SimDisk};
-use forebay::{Error, Options, Policy, Result, Trainer};
+use forebay::{Error, Options, Policy, Result, Trainer, Updates};
 use forebay_decoder::Decoder;
 
 const STEPS: u64 = 3;
@@ -24,10 +24,14 @@ struct Setup {
 impl Setup {
     /// States, parameters and gradients on disk; updates early, with undo, or after the norm.
     fn new(clip: Option<f64>) -> Self {
+        Self::with(clip, Updates::Exact)
+    }
+
+    fn with(clip: Option<f64>, updates: Updates) -> Self {
         let decoder = decoder();
         let mut options = options(&PathBuf::from("disk"));
         options.placement = Policy::Disk;
-        options.clip = clip;
+        (options.clip, options.updates) = (clip, updates);
         let options = with_budgets(options, &decoder);
         Self { decoder, options }
     }
@@ -57,8 +61,12 @@ impl Setup {
 fn a_fault_at_any_operation_of_a_run_is_the_right_bits_or_an_error_to_resume_from() {
     // Every k-th operation; CI tries each.
     let stride: u64 = std::env::var("FOREBAY_FAULT_STRIDE").map_or(23, |n| n.parse().unwrap());
-    for clip in [Some(0.5), None] {
-        let setup = Setup::new(clip);
+    for (clip, updates) in [
+        (Some(0.5), Updates::Exact),
+        (None, Updates::Exact),
+        (Some(0.5), Updates::Delayed),
+    ] {
+        let setup = Setup::with(clip, updates);
         let whole = SimDisk::new(1);
         let mut right = Vec::new();
         setup.run(&whole, &mut right).unwrap();
@@ -70,7 +78,7 @@ fn a_fault_at_any_operation_of_a_run_is_the_right_bits_or_an_error_to_resume_fro
                 let disk = SimDisk::new(at);
                 disk.schedule(at, fault);
                 let mut bits = Vec::new();
-                let what = format!("{fault:?} at {at} of {operations}, clip {clip:?}");
+                let what = format!("{fault:?} at {at} of {operations}, clip {clip:?}, {updates:?}");
                 let result = setup.run(&disk, &mut bits);
                 for (step, loss) in &bits {
                     assert_eq!(*loss, right[*step as usize].1, "{what}: step {step}");
@@ -85,7 +93,9 @@ fn a_fault_at_any_operation_of_a_run_is_the_right_bits_or_an_error_to_resume_fro
                 disk.heal();
                 finish(&setup, &disk, fault, &right, &what);
             }
-            println!("clip {clip:?}, {fault:?}: {errors} errors, {silent} without harm");
+            println!(
+                "clip {clip:?}, {updates:?}, {fault:?}: {errors} errors, {silent} without harm"
+            );
         }
     }
 }

@@ -5,7 +5,7 @@
 use forebay::ops::{self, ClassifierGrads};
 use forebay::{
     DType, Error, Footprint, Init, Model, Options, Pass, Policy, RandomInit, Result, Section,
-    SectionId, Stage, StageId, Step, Target, Trainer, footprint,
+    SectionId, Stage, StageId, Step, Target, Trainer, Updates, footprint,
 };
 
 const TOKENS: usize = 48;
@@ -137,18 +137,23 @@ fn wherever_a_table_lives_the_bits_are_the_same_and_from_pinned_memory_no_byte_o
     for dtype in [DType::F32, DType::Bf16] {
         let (whole, rows) = (Bigram::new(dtype, false), Bigram::new(dtype, true));
         let table = (VOCABULARY * HIDDEN * dtype.bytes()) as u64;
-        for clip in [Some(0.5), None] {
+        for (clip, updates) in [
+            (Some(0.5), Updates::Exact),
+            (None, Updates::Exact),
+            (Some(0.5), Updates::Delayed),
+        ] {
             let run = |model: &Bigram, placement, lookahead| {
                 let folder = tempfile::tempdir().unwrap();
                 let mut options = options(&folder, placement);
                 (options.clip, options.lookahead) = (clip, lookahead);
+                options.updates = updates;
                 model.run(&options)
             };
             let (reference, _) = run(&whole, Policy::Resident, 2);
             let losses: Vec<f32> = reference.iter().map(|b| f32::from_bits(*b)).collect();
             assert!(losses.last() < losses.first(), "it learns: {losses:?}");
             for lookahead in [0, 2] {
-                let what = format!("{dtype}, clip {clip:?}, look-ahead {lookahead}");
+                let what = format!("{dtype}, clip {clip:?}, {updates:?}, look-ahead {lookahead}");
                 let both = |placement| {
                     let [whole, rows] = [&whole, &rows].map(|m| run(m, placement, lookahead));
                     assert_eq!(whole.0, reference, "{what}, {placement:?}, whole");

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use common::{Accumulate, create, decoder, options, with_budgets};
 use forebay::{
     Ahead, Init, Model, Options, Pass, Policy, RandomInit, Section, SectionId, Stage, StageId,
-    Step, Trainer,
+    Step, Trainer, Updates,
 };
 use forebay_decoder::{Config, Decoder};
 
@@ -80,17 +80,20 @@ fn budgets_hold_from_outside_and_in_a_steady_step_the_runtime_allocates_nothing(
             "{placement:?}: {grown} locked"
         );
     }
-    for (placement, clip) in [
-        (Policy::Auto, None),
-        (Policy::Disk, Some(1.0)),
+    let exact = Updates::Exact;
+    for (placement, clip, updates) in [
+        (Policy::Auto, None, exact),
+        (Policy::Disk, Some(1.0), exact),
         // Updates run ahead of the norm, and stand, or are undone in every step.
-        (Policy::Pinned, Some(1e9)),
-        (Policy::Pinned, Some(1e-9)),
+        (Policy::Pinned, Some(1e9), exact),
+        (Policy::Pinned, Some(1e-9), exact),
+        (Policy::Pinned, Some(1e-9), Updates::Delayed),
+        (Policy::Disk, Some(1.0), Updates::Delayed),
     ] {
         assert_eq!(
-            steady_allocations(placement, clip),
+            steady_allocations(placement, clip, updates),
             0,
-            "{placement:?}, clip {clip:?}"
+            "{placement:?}, clip {clip:?}, {updates:?}"
         );
     }
     nothing_is_in_memory_twice();
@@ -181,7 +184,7 @@ fn walk(step: &Step<'_>) -> forebay::Result<()> {
     Ok(())
 }
 
-fn steady_allocations(placement: Policy, clip: Option<f64>) -> u64 {
+fn steady_allocations(placement: Policy, clip: Option<f64>, updates: Updates) -> u64 {
     let mut model = Model::new("accumulate");
     for layer in 0..LAYERS {
         let normal = Init::Normal(1e-3);
@@ -208,9 +211,13 @@ fn steady_allocations(placement: Policy, clip: Option<f64>) -> u64 {
     // Its operation has no other version.
     options.device = forebay::DeviceChoice::Host;
     (options.placement, options.clip, options.threads) = (placement, clip, 2);
+    options.updates = updates;
     options.optimizer_chunk = Some(4096);
     let pinned = if placement == Policy::Pinned {
-        options.ahead = Ahead::Always;
+        options.ahead = match updates {
+            Updates::Exact => Ahead::Always,
+            Updates::Delayed => Ahead::Auto,
+        };
         4000 << 10
     } else {
         1600 << 10
@@ -241,7 +248,8 @@ fn steady_allocations(placement: Policy, clip: Option<f64>) -> u64 {
     let ahead = (report.ahead.steps, report.ahead.undone);
     if placement == Policy::Pinned {
         let undone = if clip == Some(1e9) { 0 } else { 40 };
-        assert_eq!(ahead, (40, undone));
+        let delayed = updates == Updates::Delayed;
+        assert_eq!(ahead, if delayed { (0, 0) } else { (40, undone) });
     }
     let hops = match placement {
         Policy::Pinned => &report.hops[..2],

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{create, decoder_in, options, resume, train, with_budgets};
-use forebay::{Ahead, DType, Error, Moment, Optimizer, Options, Policy};
+use forebay::{Ahead, DType, Error, Moment, Optimizer, Options, Policy, Updates};
 
 const STEPS: u64 = 5;
 const NAMES: [&str; 5] = ["adamw", "sgd", "lion", "adagrad", "lamb"];
@@ -142,9 +142,34 @@ fn states_take_the_bytes_that_their_format_says() {
     assert_eq!(bytes("lion", f32s(false)), (8, 12.0));
 }
 
+#[test]
+fn delayed_updates_give_the_same_bits_on_every_tier_whatever_the_optimizer() {
+    for name in ["sgd", "lamb"] {
+        let run = |placement| {
+            run(name, kept(DType::Bf16, Moment::Bf16, false), |o| {
+                (o.placement, o.updates) = (placement, Updates::Delayed);
+            })
+        };
+        let reference = run(Policy::Resident);
+        for placement in POLICIES {
+            assert_eq!(run(placement), reference, "{name} {placement:?}");
+        }
+        let exact = run_exact(name);
+        assert_ne!(exact, reference, "{name}");
+    }
+}
+
+fn run_exact(name: &str) -> Vec<u32> {
+    run(name, kept(DType::Bf16, Moment::Bf16, false), |_| {})
+}
+
 fn refused(change: impl Fn(&mut Options)) -> String {
+    refused_in(DType::F32, change)
+}
+
+fn refused_in(dtype: DType, change: impl Fn(&mut Options)) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let decoder = decoder_in(DType::F32);
+    let decoder = decoder_in(dtype);
     let mut options = with_budgets(options(folder.path()), &decoder);
     change(&mut options);
     let footprint = decoder.footprint(options.target().unwrap()).unwrap();
@@ -157,6 +182,10 @@ fn refused(change: impl Fn(&mut Options)) -> String {
 fn what_makes_no_sense_is_refused_with_what_to_do() {
     let what = refused(|o| o.split_master = true);
     assert!(what.contains("bf16") && what.contains("fp32"), "{what}");
+    let what = refused_in(DType::Bf16, |o| {
+        (o.split_master, o.updates) = (true, Updates::Delayed);
+    });
+    assert!(what.contains("one or the other"), "{what}");
     let what = refused(|o| o.optimizer = "lamb".parse().unwrap());
     assert!(what.contains("optimizer_chunk"), "{what}");
     let what = refused(|o| {

@@ -14,10 +14,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{create, decoder_in, go_on, options, train, try_step, with_budgets};
+use common::{create, decoder_in, go_on, options, split, train, try_step, with_budgets};
 use forebay::nvme::sim::SimDisk;
 use forebay::{
-    Ahead, DType, DeviceChoice, Error, ExternalStream, Options, Policy, RandomInit, Result, Trainer,
+    Ahead, DType, DeviceChoice, Error, ExternalStream, Options, Policy, RandomInit, Result,
+    Trainer, Updates,
 };
 use forebay_decoder::Decoder;
 use forebay_kernels::cuda::{check, probe, sys};
@@ -200,6 +201,62 @@ fn in_every_order_that_events_allow_every_placement_gives_the_same_bits() {
             };
             assert!((0..8).any(wrong), "{defect} goes unnoticed");
         }
+    }
+}
+
+#[test]
+fn delayed_updates_give_the_same_bits_in_every_order_that_events_allow() {
+    let test = "delayed_updates_give_the_same_bits_in_every_order_that_events_allow";
+    let Some(stub) = Stub::enter(test, &[]) else {
+        return;
+    };
+    for (dtype, clip) in [(DType::F32, Some(0.1)), (DType::Bf16, None)] {
+        let run = |placement, thirds: Option<u64>, lookahead| {
+            let folder = tempfile::tempdir().unwrap();
+            let decoder = decoder_in(dtype);
+            let mut options = options(folder.path());
+            (options.placement, options.lookahead) = (placement, lookahead);
+            (options.clip, options.updates) = (clip, Updates::Delayed);
+            let options = match thirds {
+                Some(thirds) => split(options, &decoder, thirds),
+                None => with_budgets(options, &decoder),
+            };
+            let mut trainer = create(&decoder, &options);
+            let mut bits = train(&mut trainer, &decoder, 4);
+            trainer.publish("").unwrap();
+            bits.extend(train(&mut trainer, &decoder, 2));
+            bits
+        };
+        stub.configure("SEED=0");
+        let reference = run(Policy::Resident, None, 2);
+        let mut seed = 0;
+        for (placement, thirds) in [
+            (Policy::Auto, None),
+            (Policy::Auto, Some(1)),
+            (Policy::Resident, None),
+            (Policy::Resident, Some(0)),
+            (Policy::Resident, Some(1)),
+            (Policy::Pinned, None),
+            (Policy::Disk, None),
+        ] {
+            for lookahead in [0, 1, 3] {
+                seed += 1;
+                stub.configure(&format!("SEED={seed}"));
+                let got = run(placement, thirds, lookahead);
+                let what =
+                    format!("{placement:?}, {thirds:?}, look-ahead {lookahead}, seed {seed}");
+                assert_eq!(got, reference, "{what}");
+                assert_eq!(stub.held(), [0; 2], "{what}");
+                assert_eq!(stub.number("violations"), 0, "{what}");
+            }
+        }
+        // Where streams do not wait for each other, the new gradient and the new parameters meet in a slab.
+        let wrong = |seed| {
+            stub.configure(&format!("SEED={seed};IGNORE_WAITS=1"));
+            let got = catch_unwind(|| run(Policy::Resident, Some(0), 3));
+            got.ok().is_none_or(|got| got != reference)
+        };
+        assert!((0..8).any(wrong), "it goes unnoticed");
     }
 }
 

@@ -105,6 +105,37 @@ fn a_run_in_pieces_under_other_placements_prints_the_bits_of_the_whole() {
 }
 
 #[test]
+fn delayed_updates_are_named_approximate_and_a_resumed_run_goes_on_with_them() {
+    let place = Place::new();
+    let summary = |output: &std::process::Output| {
+        let text = String::from_utf8_lossy(&output.stdout);
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        last["summary"]["updates"].as_str().unwrap().to_owned()
+    };
+    let fresh = |flags: &[&str]| {
+        std::fs::remove_dir_all(place.path("disk")).unwrap();
+        std::fs::create_dir(place.path("disk")).unwrap();
+        place.run(flags)
+    };
+    let exact = fresh(&["--json"]);
+    let every = ["--json", "--delayed-update", "--publish", "every", "2"];
+    let whole = fresh(&every);
+    assert_eq!(summary(&exact), "exact");
+    assert_eq!(summary(&whole), "delayed by a step (approximate)");
+    let (exact, whole) = (losses(&exact), losses(&whole));
+    assert_eq!(exact[0], whole[0]);
+    assert_ne!(exact[1], whole[1], "the first gradient is not applied yet");
+    let mut pieces = losses(&fresh(&["--json", "--delayed-update", "--stop-after", "2"]));
+    let rest = place.bare(&["--json", "--resume", "--placement", "pinned"]);
+    assert!(summary(&rest).contains("approximate"));
+    pieces.extend(losses(&rest));
+    assert_eq!(pieces, whole);
+    let words = fresh(&["--delayed-update"]);
+    let words = String::from_utf8_lossy(&words.stdout).into_owned();
+    assert_eq!(words.matches("delayed by a step (approximate)").count(), 2);
+}
+
+#[test]
 fn interrupted_it_publishes_and_says_how_to_resume() {
     let place = Place::new();
     let mut command = train();

@@ -94,6 +94,11 @@ pub(crate) struct Args {
     /// Results do not depend on it
     #[arg(long, default_value = "auto")]
     pub(crate) ahead: Ahead,
+    /// Apply a step's gradient beside the next step, which computes on the parameters from before (ZeRO-Offload's
+    /// one-step delayed update): faster where updates hold steps up, as where each one clips. An approximation: the
+    /// losses are others. A generation has every gradient in it, so when they are made matters too
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    pub(crate) delayed_update: Option<bool>,
     /// When to make a generation, from which --resume goes on: `every N` steps, `end` (and when
     /// stopped), or `never` (the disk is swap: half the space, and nothing survives) [default: every
     /// 50]
@@ -161,6 +166,8 @@ pub(crate) struct Recipe {
     pub(crate) lr_floor: f64,
     pub(crate) weight_decay: f64,
     pub(crate) clip: f64,
+    #[serde(default)]
+    pub(crate) delayed_update: bool,
     /// What the model computes in.
     #[serde(default = "fp32")]
     pub(crate) dtype: String,
@@ -197,6 +204,7 @@ impl Default for Recipe {
             lr_floor: 0.1,
             weight_decay: 0.1,
             clip: 1.0,
+            delayed_update: false,
             dtype: fp32(),
             optimizer: adamw(),
             moments: fp32(),
@@ -237,6 +245,7 @@ impl Recipe {
             lr_floor: args.lr_floor.unwrap_or(self.lr_floor),
             weight_decay: args.weight_decay.unwrap_or(self.weight_decay),
             clip: args.clip.unwrap_or(self.clip),
+            delayed_update: args.delayed_update.unwrap_or(self.delayed_update),
             dtype: args.dtype.map_or(self.dtype, |dtype| dtype.to_string()),
             optimizer: args.optimizer.clone().unwrap_or(self.optimizer),
             moments: args.moments.clone().unwrap_or(self.moments),

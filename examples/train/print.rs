@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use forebay::{Bound, Bytes, Ceilings, DType, Options, Report, Trainer};
+use forebay::{Bound, Bytes, Ceilings, DType, Options, Report, Trainer, Updates};
 use forebay_decoder::Decoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -99,6 +99,9 @@ impl Printer {
             options.placement,
             options.lookahead
         );
+        if report.updates != Updates::Exact {
+            println!("updates: {}", report.updates);
+        }
         println!("{}", publish_line(&report, args.when()?));
         Ok(())
     }
@@ -193,6 +196,7 @@ impl Printer {
                 "unigram_entropy": s.unigram,
                 "held_out_loss": s.held_out,
                 "skipped_steps": s.skipped,
+                "updates": s.report.updates.to_string(),
                 "ahead_steps": s.report.ahead.steps,
                 "undone_steps": s.report.ahead.undone,
             }})
@@ -336,6 +340,9 @@ fn summary_table(s: &Summary<'_>) {
         s.bound.disk * 1e3,
         s.bound.cpu * 1e3
     );
+    if r.updates != Updates::Exact {
+        println!("updates were {}", r.updates);
+    }
     let ahead = r.ahead;
     if ahead.steps > 0 {
         println!(

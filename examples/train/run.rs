@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use forebay::{
-    Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
+    Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer, Updates,
     requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
@@ -328,6 +328,9 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
         When::Never => Publish::Never,
     };
     options.ahead = args.ahead;
+    if recipe.delayed_update {
+        options.updates = Updates::Delayed;
+    }
     options.trace = args.trace.clone();
     options.disk_throttle = args.disk_throttle.map(|b| b.0);
     Ok(options)

@@ -50,7 +50,10 @@ impl Rates {
                 .copied()
                 .unwrap_or(0.0),
             // On the device, of memory that is fast there.
-            (_, TaskKind::GradNorm(_) | TaskKind::Norm | TaskKind::Commit) => 0.0,
+            (
+                _,
+                TaskKind::GradNorm(_) | TaskKind::Norm | TaskKind::SwapParam(_) | TaskKind::Commit,
+            ) => 0.0,
             (Lane::H2d, _) => amount / self.h2d,
             (Lane::D2h, _) => amount / self.d2h,
             (Lane::DiskRead, _) => amount / self.disk_read,
@@ -127,7 +130,8 @@ pub struct Bound {
 /// The least time of a step of `plan` at `rates`.
 ///
 /// With [`Timing::AfterNorm`] what follows the norm cannot hide behind the backward pass: backward +
-/// max(forward, optimizer, the disk's work for both), where that is more. With `ahead`, as many updates as
+/// max(forward, optimizer, the disk's work for both), where that is more; with [`Timing::Delayed`] all of it
+/// can. With `ahead`, as many updates as
 /// there are buffers to undo them do not follow the norm. What their log costs is not part of it.
 pub fn bound(plan: &Plan, rates: &Rates, ahead: bool) -> Bound {
     let sum = |pick: &dyn Fn(usize) -> bool| -> f64 {

@@ -9,6 +9,10 @@ use crate::plan::{
     TaskId, TaskKind, Window,
 };
 
+mod delayed;
+
+pub(crate) use delayed::flush;
+
 pub(crate) fn training(model: &Model, placement: &Placement) -> Plan {
     let mut builder = Builder::new(model, &model.stages, placement);
     for stage in 0..model.stages.len() {
@@ -56,6 +60,10 @@ struct Progress {
     mapped: Option<TaskId>,
     /// Its newest read.
     read: Option<TaskId>,
+    /// Its fetches.
+    fetches: Vec<TaskId>,
+    /// The newest stage that uses it in its own slot, or reads it in pinned memory.
+    user: Option<TaskId>,
     grad_slot: Option<ClaimRef>,
     /// The gradient's slab, if from a pool.
     grad_slab: Option<ClaimRef>,
@@ -63,6 +71,8 @@ struct Progress {
     /// What brings the gradient to pinned memory.
     out: Option<TaskId>,
     spill: Option<TaskId>,
+    /// What brings the gradient back from disk.
+    grad_read: Option<TaskId>,
     updates: Vec<TaskId>,
     /// What puts the new parameters where they live.
     settled: Option<TaskId>,
@@ -88,6 +98,13 @@ fn issued(task: TaskId) -> Dep {
     Dep {
         order: Order::Issued,
         ..after(task)
+    }
+}
+
+fn previous(dep: Dep) -> Dep {
+    Dep {
+        previous_step: true,
+        ..dep
     }
 }
 
@@ -177,6 +194,9 @@ impl<'a> Builder<'a> {
         self.at(compute).frees = frees;
         for (section, source) in self.uses[index].params.clone() {
             let progress = self.progress(section);
+            if !matches!(source, ParamSource::Fetched(_)) {
+                progress.user = Some(compute);
+            }
             let first = match source {
                 ParamSource::Mapped => &mut progress.mapped,
                 ParamSource::Resident | ParamSource::Fetched(_) => &mut progress.first,
@@ -220,6 +240,7 @@ impl<'a> Builder<'a> {
         self.at(fetch).slot = Some(slot);
         self.at(fetch).slab = staged;
         self.at(fetch).frees.extend(staged);
+        self.progress(section).fetches.push(fetch);
         self.progress(section).first.get_or_insert(fetch);
         ParamSource::Fetched(slot)
     }
@@ -282,7 +303,11 @@ impl<'a> Builder<'a> {
         }
         let elements = self.model.sections[section.0 as usize].elements;
         let home = self.placement.grad_home(section);
-        let deps = vec![issued(compute)];
+        let mut free = self.place_freed(section);
+        let mut deps = vec![issued(compute)];
+        if home == GradHome::Device {
+            deps.append(&mut free);
+        }
         let norm = self.add(TaskKind::GradNorm(section), Lane::Update, elements, deps);
         self.at(norm).slot = Some(slot);
         self.progress(section).norm = Some(norm);
@@ -292,12 +317,8 @@ impl<'a> Builder<'a> {
             return;
         }
         let bytes = self.bytes(section);
-        let out = self.add(
-            TaskKind::GradOut(section),
-            Lane::D2h,
-            bytes,
-            vec![issued(norm)],
-        );
+        free.push(issued(norm));
+        let out = self.add(TaskKind::GradOut(section), Lane::D2h, bytes, free);
         self.at(out).slot = Some(slot);
         self.at(out).frees.push(slot);
         let slab = (home != GradHome::Slab)
@@ -307,7 +328,7 @@ impl<'a> Builder<'a> {
         self.progress(section).grad_slab = slab;
         match home {
             GradHome::Slab | GradHome::Device => {}
-            GradHome::Passing => self.updates(section, after(out)),
+            GradHome::Passing => self.updates(section, Some(after(out))),
             GradHome::Disk => {
                 let deps = vec![after(out)];
                 let spill = self.add(TaskKind::SpillGrad(section), Lane::DiskWrite, bytes, deps);
@@ -318,10 +339,20 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Brings a gradient back from disk.
+    fn read_grad(&mut self, section: SectionId, deps: Vec<Dep>) -> TaskId {
+        let bytes = self.bytes(section);
+        let read = self.add(TaskKind::ReadGrad(section), Lane::DiskRead, bytes, deps);
+        let slab = self.claim(read, self.placement.pool(PoolKind::GradStage, section));
+        self.at(read).slab = Some(slab);
+        self.progress(section).grad_slab = Some(slab);
+        read
+    }
+
     /// Updates the parts of a section whose gradient is in pinned memory, and brings the new parameters
     /// to where they live. Where both it and the states stay there until the next step, an update may run
     /// before the norm.
-    fn updates(&mut self, section: SectionId, ready: Dep) {
+    fn updates(&mut self, section: SectionId, ready: Option<Dep>) {
         let slab = self.progress(section).grad_slab;
         let stays = self.placement.grad_home(section) == GradHome::Slab;
         let out = self.progress(section).out.map(after);
@@ -333,9 +364,9 @@ impl<'a> Builder<'a> {
         let mut states = Vec::new();
         for (index, part) in self.placement.parts(section).to_vec().iter().enumerate() {
             let index = index as u32;
-            let gated = stays && part.home == Tier::Pinned;
+            let gated = stays && part.home == Tier::Pinned && !self.delayed();
             let mut deps: Vec<Dep> = out.into_iter().collect();
-            deps.extend((!gated).then_some(ready));
+            deps.extend(ready.filter(|_| !gated));
             let staged = (part.home == Tier::Disk).then(|| {
                 let bytes = self.placement.optim_bytes(part);
                 let kind = TaskKind::ReadOptim(section, index);
@@ -343,7 +374,7 @@ impl<'a> Builder<'a> {
                 // undone step would need the buffer (see `Timing::Immediate`).
                 let options = self.placement.options();
                 let waits = options.lookahead == 0 || options.timing == Timing::Immediate;
-                let waits = waits.then_some(ready);
+                let waits = ready.filter(|_| waits);
                 let read = self.add(kind, Lane::DiskRead, bytes, waits.into_iter().collect());
                 self.at(read).window = Window::Update(self.staged_updates);
                 self.staged_updates += 1;
@@ -387,9 +418,9 @@ impl<'a> Builder<'a> {
     }
 
     /// Reads the parameters of which an update makes new ones.
-    fn old_params(&mut self, section: SectionId, ready: Dep) -> ClaimRef {
+    fn old_params(&mut self, section: SectionId, ready: Option<Dep>) -> ClaimRef {
         let before = self.progress(section).read.map(after);
-        let deps = before.into_iter().chain([ready]).collect();
+        let deps = before.into_iter().chain(ready).collect();
         let bytes = self.bytes(section);
         let read = self.add(TaskKind::ReadParam(section), Lane::DiskRead, bytes, deps);
         let slab = self.claim(read, self.placement.pool(PoolKind::ParamStage, section));
@@ -398,10 +429,11 @@ impl<'a> Builder<'a> {
     }
 
     /// Updates the parts of a section on the device, where its gradient waits in its own place.
-    fn updates_on_device(&mut self, section: SectionId, ready: Dep) {
+    fn updates_on_device(&mut self, section: SectionId, ready: Option<Dep>) {
         for (index, part) in (0..).zip(self.placement.parts(section).to_vec()) {
             let kind = TaskKind::Update(section, index);
-            let update = self.add(kind, Lane::Update, part.elements, vec![ready]);
+            let deps = ready.into_iter().collect();
+            let update = self.add(kind, Lane::Update, part.elements, deps);
             self.progress(section).updates.push(update);
         }
     }
@@ -410,15 +442,21 @@ impl<'a> Builder<'a> {
         &mut self,
         section: SectionId,
         [slab, old]: [Option<ClaimRef>; 2],
-        ready: Dep,
+        ready: Option<Dep>,
         updates: &[TaskId],
     ) {
         // An update that may be undone does not show elsewhere before the norm.
-        let deps = updates.iter().copied().map(after).chain([ready]).collect();
+        let mut deps: Vec<Dep> = updates.iter().copied().map(after).chain(ready).collect();
+        if self.delayed() {
+            deps.extend(self.read_through(section));
+        }
         let bytes = self.bytes(section);
         let settled = match self.placement.param_home(section) {
             Tier::Device => self.add(TaskKind::PushParam(section), Lane::H2d, bytes, deps),
             Tier::Disk => self.add(TaskKind::WriteParam(section), Lane::DiskWrite, bytes, deps),
+            Tier::Pinned if self.delayed() => {
+                self.add(TaskKind::SwapParam(section), Lane::Cpu, 0, deps)
+            }
             Tier::Pinned => {
                 // The last update frees the gradient; with several parts they may end in any
                 // order, so each but the last one comes before the last.
@@ -445,6 +483,9 @@ impl<'a> Builder<'a> {
             .collect();
         let norm = self.add(TaskKind::Norm, Lane::Cpu, 0, norms);
         self.norm = Some(norm);
+        if self.delayed() {
+            return;
+        }
         let mut waiting: Vec<SectionId> = (0..self.model.sections.len() as u32)
             .map(SectionId)
             .filter(|s| self.sections[s.0 as usize].norm.is_some())
@@ -454,19 +495,14 @@ impl<'a> Builder<'a> {
         for section in waiting {
             let mut ready = after(norm);
             if self.placement.grad_home(section) == GradHome::Device {
-                self.updates_on_device(section, ready);
+                self.updates_on_device(section, Some(ready));
                 continue;
             }
             if let Some(spill) = self.progress(section).spill {
-                let bytes = self.bytes(section);
                 let deps = vec![after(spill), after(norm)];
-                let read = self.add(TaskKind::ReadGrad(section), Lane::DiskRead, bytes, deps);
-                let slab = self.claim(read, self.placement.pool(PoolKind::GradStage, section));
-                self.at(read).slab = Some(slab);
-                self.progress(section).grad_slab = Some(slab);
-                ready = after(read);
+                ready = after(self.read_grad(section, deps));
             }
-            self.updates(section, ready);
+            self.updates(section, Some(ready));
         }
     }
 
@@ -479,6 +515,7 @@ impl<'a> Builder<'a> {
                     | TaskKind::WriteOptim(..)
                     | TaskKind::WriteParam(_)
                     | TaskKind::PushParam(_)
+                    | TaskKind::SwapParam(_)
             )
         };
         let tasks = (0..).map(TaskId).zip(&self.tasks);
@@ -491,10 +528,9 @@ impl<'a> Builder<'a> {
 
     /// What the step before must have done. Its tasks have the same ids.
     fn link_steps(&mut self) {
-        let previous = |dep: Dep| Dep {
-            previous_step: true,
-            ..dep
-        };
+        if self.delayed() {
+            self.link_waiting();
+        }
         let immediate = self.placement.options().timing == Timing::Immediate;
         let (norm, commit) = (self.norm, self.commit);
         for progress in self.sections.clone() {
@@ -526,8 +562,8 @@ impl<'a> Builder<'a> {
                     || progress.updates.iter().copied().map(update).collect(),
                     |s| vec![s],
                 );
-                // Until the norm, an update may be undone.
-                let may = !progress.updates.is_empty();
+                // Until the norm, an update may be undone; not one that waited for it in the step before.
+                let may = !progress.updates.is_empty() && !self.delayed();
                 let undone = norm.filter(|_| may).map(after);
                 let deps = updates.into_iter().chain(undone).map(previous);
                 self.at(first).deps.extend(deps.collect::<Vec<_>>());

@@ -43,6 +43,10 @@ pub enum Timing {
     /// can be undone if the gradient turns out not to be finite); the others as with
     /// [`Timing::AfterNorm`].
     Immediate,
+    /// Beside the next step, which still computes on the parameters from before: one-step delayed update
+    /// (ZeRO-Offload, section 5.2). The norm is known by then, and no update holds compute up. It is another
+    /// optimizer than the others, an approximation of it.
+    Delayed,
 }
 
 /// The size of a section.

@@ -70,8 +70,9 @@ pub enum TaskKind {
     Norm,
     /// Reads a part's optimizer states from disk.
     ReadOptim(SectionId, u32),
-    /// Updates a part. On the device the new parameters go to the section's own slot; on the CPU to
-    /// the section's slab if its parameters live in pinned memory, and else over the gradient.
+    /// Updates a part, with [`Timing::Delayed`] with the gradient of the step before. On the device the new
+    /// parameters go to the section's own slot; on the CPU to the section's slab if its parameters live in pinned
+    /// memory and nothing is delayed, and else over the gradient.
     Update(SectionId, u32),
     /// Writes a part's optimizer states to disk.
     WriteOptim(SectionId, u32),
@@ -79,6 +80,9 @@ pub enum TaskKind {
     WriteParam(SectionId),
     /// Copies updated parameters to the section's own slot.
     PushParam(SectionId),
+    /// Makes the slab with updated parameters that of the section's parameters, and the other way round. Costs
+    /// nothing.
+    SwapParam(SectionId),
     /// All of the step's updates are where they belong. Costs nothing.
     Commit,
 }
@@ -267,6 +271,15 @@ impl Plan {
     pub fn training(model: &Model, placement: &Placement) -> Result<Self, Error> {
         model.validate()?;
         Ok(crate::build::training(model, placement))
+    }
+
+    /// The plan that applies the gradients which wait behind a step with [`Timing::Delayed`]; empty with any other.
+    ///
+    /// # Errors
+    /// What [`Model::validate`] finds.
+    pub fn flush(model: &Model, placement: &Placement) -> Result<Self, Error> {
+        model.validate()?;
+        Ok(crate::build::flush(model, placement))
     }
 
     /// The plan of a forward pass without gradients, under the same placement.

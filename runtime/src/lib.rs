@@ -100,5 +100,5 @@ pub use trainer::{
     Adagrad, AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, ExternalStream, Finished,
     Footprint, Frame, HopReport, IoChoice, Lamb, Lion, Moment, Optimizer, Options, Pass, Policy,
     Publish, PublishCost, RandomInit, Report, Sgd, StageLease, Step, Target, TierReport, Trainer,
-    Weights, footprint, requirements, stored_user_text,
+    Updates, Weights, footprint, requirements, stored_user_text,
 };

@@ -6,7 +6,8 @@ use std::path::Path;
 use forebay::nvme::sim::SimDisk;
 use forebay::nvme::{self, Store};
 use forebay::{
-    DType, HostArgs, HostContext, Operation, Options, Policy, RandomInit, Result, Trainer,
+    Ahead, Args, CudaArgs, CudaContext, DType, HostArgs, HostContext, Operation, Options, Policy,
+    RandomInit, Result, Trainer,
 };
 use forebay_decoder::{Batch, Config, Decoder, Family};
 
@@ -82,6 +83,33 @@ pub(crate) fn with_budgets(mut options: Options, decoder: &Decoder) -> Options {
     options
 }
 
+/// Options under which this many thirds of the optimizer states find room on the device, and under Auto
+/// half of the rest in pinned memory.
+pub(crate) fn split(options: Options, decoder: &Decoder, thirds: u64) -> Options {
+    let all = Options {
+        placement: Policy::Resident,
+        ..options.clone()
+    };
+    let all = with_budgets(all, decoder).device_budget.unwrap();
+    let states = 12 * decoder.model().elements();
+    let mut options = options;
+    options.device_budget = Some(all - states * (3 - thirds) / 3);
+    let ahead = options.ahead;
+    if options.placement == Policy::Auto {
+        // All that is in pinned memory is states.
+        options.ahead = Ahead::Never;
+    }
+    let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+    let needs = forebay::requirements(decoder.model(), footprint, &options).unwrap();
+    options.pinned_budget = Some(needs.pinned_bytes);
+    if options.placement == Policy::Auto {
+        let rest = states * (3 - thirds) / 3;
+        options.pinned_budget = Some(needs.pinned_bytes - rest / 2);
+    }
+    options.ahead = ahead;
+    options
+}
+
 /// The batch of a step: any function of the step will do.
 pub(crate) fn tokens(step: u64) -> (Vec<u32>, Vec<u32>) {
     let token = |i: u64| ((i * i + 7 * i + step * 31 + (i * step) % 13) % 61) as u32;
@@ -149,5 +177,37 @@ impl Operation for Accumulate {
         let (x, y) = (args.input::<f32>()?, args.output::<f32>()?);
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
         Ok(())
+    }
+}
+
+/// Makes the first number of a gradient infinite.
+#[derive(Clone, Copy)]
+pub(crate) struct Poison;
+impl Operation for Poison {
+    fn name(&self) -> &'static str {
+        "poison"
+    }
+    fn host(&self, _: &HostContext, mut args: HostArgs<'_>) -> std::result::Result<(), String> {
+        args.output::<f32>()?[0] = f32::INFINITY;
+        Ok(())
+    }
+    fn cuda(
+        &self,
+        cx: &CudaContext<'_>,
+        mut args: CudaArgs<'_>,
+    ) -> std::result::Result<(), String> {
+        const SOURCE: &str = r#"
+            extern "C" __global__ void poison(float* x) { *x = INFINITY_F; }
+        "#;
+        let mut x = Args::new().with(args.output()?.address);
+        let one = [1; 3];
+        // SAFETY: as the kernel takes them.
+        let done = unsafe {
+            cx.kernels.source("poison", SOURCE).and_then(|()| {
+                let name = ("poison", None);
+                cx.kernels.launch(cx.stream, name, one, [1; 2], 0, &mut x)
+            })
+        };
+        done.map_err(|error| error.to_string())
     }
 }

@@ -3,7 +3,7 @@
 use super::class::Class;
 use super::{GradHome, Placement, Policy};
 use crate::Error;
-use crate::model::{Model, SectionId, Tier};
+use crate::model::{Model, SectionId, Tier, Timing};
 
 impl Placement {
     pub(super) fn fill_device(&mut self, model: &Model, budget: u64) -> Result<(), Error> {
@@ -38,6 +38,14 @@ impl Placement {
         }
         if self.options.policy != Policy::Disk {
             self.keep_on_device(budget);
+        }
+        if self.options.timing == Timing::Delayed {
+            // A gradient leaves only once new parameters have come through its place in pinned memory.
+            for class in 0..self.classes.len() {
+                let members = self.classes[class].members.len() as u64;
+                let wanted = (self.classes[class].grad_slots_min + 2 * ahead.min(1)).min(members);
+                self.grow(budget, wanted, |p| &mut p.classes[class].grad_slots);
+            }
         }
         for section in 0..model.sections.len() {
             if self.resident(SectionId(section as u32)) {

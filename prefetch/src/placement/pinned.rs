@@ -71,7 +71,8 @@ impl Placement {
         let parts = sections.flat_map(|(_, parts)| parts);
         let may = parts.filter(|p| p.home == Tier::Pinned).count() as u64;
         let left = budget.saturating_sub(self.pinned_bytes());
-        if self.options.undo_log_bytes > 0 && may > 0 {
+        let ahead = self.options.timing != Timing::Delayed;
+        if ahead && self.options.undo_log_bytes > 0 && may > 0 {
             self.undo = may.min(left / self.undo_slab_bytes());
         }
     }
@@ -85,7 +86,7 @@ impl Placement {
             .iter()
             .map(|h| *h != GradHome::Device)
             .collect();
-        if self.options.timing == Timing::AfterNorm {
+        if self.options.timing != Timing::Immediate {
             for section in sections.clone().filter(|s| here[*s]) {
                 self.try_pinned(budget, |p| {
                     p.grad_home[section] = GradHome::Slab;

@@ -168,6 +168,11 @@ fn an_offloaded_step_beside_its_ceilings() {
         // The folder of its own is gone.
         assert_eq!(std::fs::read_dir(disk).unwrap().count(), 0);
     }
+    let found = json(&[&base[..], &["--clips", "always", "--delayed-update"]].concat());
+    assert_eq!(found["updates"], "delayed by a step (approximate)");
+    let ours = &found["offloaded"];
+    assert!(ours["step_s"].as_f64().unwrap() > 0.0 && ours["ahead_steps"] == 0);
+    assert!(!found["bound_by"].as_str().unwrap().contains("backward"));
     refused(
         &["step", "--preset", "2b", "--device", "host"],
         &["2b", "1.3b"],

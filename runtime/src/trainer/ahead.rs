@@ -13,8 +13,7 @@ use std::time::Duration;
 use forebay_pinned::Slab;
 use forebay_prefetch::{SectionId, TaskKind, TaskRef};
 
-use super::dry::Pass;
-use super::engine::{Engine, Sign};
+use super::engine::{Engine, Pass, Sign};
 use super::options::Ahead;
 use super::report::AheadReport;
 use super::update::{PartPlace, StepScalars, Work};

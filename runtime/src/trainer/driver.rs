@@ -5,8 +5,7 @@ use std::time::Instant;
 
 use forebay_prefetch::{ParamSource, SectionId, TaskRef};
 
-use super::dry::Pass;
-use super::engine::{Ending, Engine, Sign};
+use super::engine::{Ending, Engine, Pass, Sign};
 use super::places::READ_BYTES;
 use super::step::{Driver, Finished};
 use crate::device::{Span, Stream};
@@ -236,7 +235,8 @@ impl Engine {
         }
     }
 
-    /// Gradients that are whole now leave in the model's type.
+    /// Gradients that are whole now leave in the model's type: it is beside the sums, if they are not what leaves
+    /// themselves.
     fn cast_gradients(&mut self, stage: StageId, task: TaskRef) {
         let plan = Arc::clone(self.scheduler().plan());
         for grad in plan.stages()[stage.0 as usize]
@@ -245,40 +245,46 @@ impl Engine {
             .filter(|grad| grad.last)
         {
             let section = &self.model.sections[grad.section.0 as usize];
-            let (dtype, address) = (self.model.dtype, self.slot(&plan, task.step, grad.slot));
-            let waits = self.places.grad_here(grad.section);
-            let beside = self
-                .model
-                .cast_offset(section)
-                .map(|offset| address + offset);
-            // To where it waits for its update on the device, or else beside the sums, if they are not
-            // what leaves themselves.
-            let Some(target) = waits.or(beside) else {
+            let Some(offset) = self.model.cast_offset(section) else {
                 continue;
             };
-            let view = |address, dtype| View {
-                address,
-                dtype,
-                shape: Shape::from([section.elements() as usize]),
-            };
-            let (sums, target) = (view(address, DType::F32), view(target, dtype));
-            if dtype == DType::F32 {
-                // SAFETY: the gradient's slot, and its own place.
-                unsafe { self.device.copy(address, target.span()) };
+            if self.places.grad_here(grad.section).is_some() {
+                // Its place may not be free yet.
                 continue;
             }
-            match ops::narrow(sums, target) {
-                // SAFETY: the gradient's slot, and its own place or the rest of the slot.
-                Ok(launch) => unsafe { self.device.launch(launch) },
-                Err(error) => drop(self.failed.get_or_insert_with(|| error.to_string())),
+            let address = self.slot(&plan, task.step, grad.slot);
+            let cast = self.cast_gradient(grad.section, address, address + offset);
+            if let Err(error) = cast {
+                self.failed.get_or_insert_with(|| error.to_string());
             }
         }
+    }
+
+    /// Queues the cast of a gradient's sums to the model's type.
+    pub(super) fn cast_gradient(&mut self, section: SectionId, sums: u64, to: u64) -> Result<()> {
+        let dtype = self.model.dtype;
+        let elements = self.model.sections[section.0 as usize].elements() as usize;
+        let view = |address, dtype| View {
+            address,
+            dtype,
+            shape: Shape::from([elements]),
+        };
+        let (sums, target) = (view(sums, DType::F32), view(to, dtype));
+        if dtype == DType::F32 {
+            // SAFETY: the gradient's slot, and its own place.
+            unsafe { self.device.copy(sums.address, target.span()) };
+        } else {
+            let launch = ops::narrow(sums, target)?;
+            // SAFETY: the gradient's slot, and its own place or the rest of the slot.
+            unsafe { self.device.launch(launch) };
+        }
+        Ok(())
     }
 
     fn finish_pass(&mut self, ending: Ending) -> Result<Finished> {
         self.walking = false;
         if let Some((_, task)) = self.stage.take().filter(|_| self.pass == Pass::Train) {
-            self.open[(task.step % 2) as usize].ending = Some(ending);
+            self.open.of_mut(task.step).ending = Some(ending);
         }
         if let Some(norm) = self.held.take() {
             self.norm(norm)?;

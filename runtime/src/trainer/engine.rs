@@ -12,7 +12,6 @@ use forebay_pinned::Arena;
 use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
 
 use super::ahead::RunAhead;
-use super::dry::Pass;
 use super::norm::Resolving;
 use super::options::Publish;
 use super::places::{Places, SlabPlace};
@@ -51,7 +50,16 @@ pub(crate) enum Ending {
     Discard,
 }
 
-/// What belongs to one step of the two that may be open.
+/// What the engine walks through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    Train,
+    Eval,
+    /// No stages: what applies a gradient that waits ([`super::delayed`]).
+    Flush,
+}
+
+/// What belongs to one step.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OpenStep {
     pub(super) lr: f64,
@@ -59,6 +67,22 @@ pub(super) struct OpenStep {
     pub(super) ending: Option<Ending>,
     /// Once the norm is known: what the updates use.
     pub(super) scalars: Option<StepScalars>,
+    /// With delayed updates: the step whose gradient this one's updates apply.
+    pub(super) applies: Option<u64>,
+}
+
+/// The two steps that may be open, and the one before: delayed updates use what its norm decided.
+#[derive(Debug, Default)]
+pub(super) struct OpenSteps([OpenStep; 3]);
+
+impl OpenSteps {
+    pub(super) fn of(&self, step: u64) -> &OpenStep {
+        &self.0[(step % 3) as usize]
+    }
+
+    pub(super) fn of_mut(&mut self, step: u64) -> &mut OpenStep {
+        &mut self.0[(step % 3) as usize]
+    }
 }
 
 /// What the engine is made from.
@@ -67,6 +91,7 @@ pub(super) struct Parts {
     pub(super) placement: Placement,
     pub(super) train: Arc<Plan>,
     pub(super) eval: Plan,
+    pub(super) flush: Plan,
     pub(super) device: Box<dyn Device>,
     pub(super) store: Store,
     pub(super) arena: Arena,
@@ -93,12 +118,14 @@ pub(crate) struct Engine {
     pub(super) notifier: Arc<Notifier>,
     pub(super) model: Arc<Model>,
     pub(super) placement: Placement,
-    pub(super) schedulers: [Scheduler; 2],
+    pub(super) schedulers: [Scheduler; 3],
     pub(super) pass: Pass,
     pub(super) flying: Vec<(TaskRef, Sign)>,
     pub(super) moving: Vec<Moving>,
     pub(super) runs: Vec<Arc<[Run]>>,
-    pub(super) open: [OpenStep; 2],
+    pub(super) open: OpenSteps,
+    /// With delayed updates: the newest step whose gradient nothing has applied yet.
+    pub(super) waiting: Option<u64>,
     pub(super) clip: Option<f64>,
     pub(super) publish: Publish,
     /// Steps that were applied and not skipped: the count of the bias corrections.
@@ -131,12 +158,14 @@ impl Engine {
             placement,
             train,
             eval,
+            flush,
             device,
             store,
             arena,
             ..
         } = parts;
-        let tasks = train.tasks().len().max(eval.tasks().len());
+        let tasks = [&*train, &eval, &flush].map(|plan| plan.tasks().len());
+        let tasks = tasks.into_iter().max().unwrap_or(0);
         let notifier = Arc::clone(&parts.notifier);
         store.on_end(move || notifier.notify());
         let mut engine = Self {
@@ -152,11 +181,12 @@ impl Engine {
                 .collect(),
             updater: Arc::new(parts.updater),
             telemetry: Telemetry::new(&train),
-            schedulers: [Scheduler::new(train), Scheduler::new(Arc::new(eval))],
+            schedulers: [train, Arc::new(eval), Arc::new(flush)].map(Scheduler::new),
             pass: Pass::Train,
             flying: Vec::with_capacity(2 * tasks),
             moving: Vec::with_capacity(128),
-            open: [OpenStep::default(); 2],
+            open: OpenSteps::default(),
+            waiting: None,
             clip: parts.clip,
             publish: parts.publish,
             ahead: parts.ahead,
@@ -195,9 +225,10 @@ impl Engine {
         let step = self.schedulers[pass as usize].begin_step();
         self.input_used = 0;
         if pass == Pass::Train {
-            let open = &mut self.open[(step % 2) as usize];
-            *open = OpenStep {
+            let applies = self.delayed().then(|| self.waiting.replace(step)).flatten();
+            *self.open.of_mut(step) = OpenStep {
                 lr,
+                applies,
                 ..OpenStep::default()
             };
             self.steps += 1;
@@ -211,10 +242,11 @@ impl Engine {
         self.pump().map(|_| ())
     }
 
-    /// Waits until every task of every step is done.
+    /// Waits until every task of every step is done, and every gradient applied.
     pub(super) fn settle(&mut self) -> Result<()> {
         self.check_walked()?;
-        self.wait_until(|engine| engine.scheduler().idle())
+        self.wait_until(|engine| engine.scheduler().idle())?;
+        self.flush()
     }
 
     /// Remembers the first failure: what was under way when it happened is not to be trusted.
@@ -363,6 +395,10 @@ impl Engine {
         let spec = plan.task(task.id);
         match spec.kind {
             TaskKind::ReadParam(s) => self.read(task, spec, key(s, StateKind::Param, 0)),
+            TaskKind::ReadGrad(_) if self.delayed() && self.applies(task).is_none() => {
+                self.done(task);
+                Ok(())
+            }
             TaskKind::ReadGrad(s) => self.read(task, spec, key(s, StateKind::Grad, 0)),
             TaskKind::ReadOptim(s, part) => self.read(task, spec, key(s, StateKind::Optim, part)),
             TaskKind::WriteParam(s) => self.write(task, spec, key(s, StateKind::Param, 0)),
@@ -382,6 +418,10 @@ impl Engine {
             }
             TaskKind::Update(section, part) => {
                 self.update(task, spec, section, part);
+                Ok(())
+            }
+            TaskKind::SwapParam(section) => {
+                self.swap_param(task, spec, section);
                 Ok(())
             }
             TaskKind::Norm => self.norm(task),

@@ -1,6 +1,7 @@
 //! The training step on three tiers.
 
 mod ahead;
+mod delayed;
 mod driver;
 mod dry;
 mod engine;
@@ -21,7 +22,7 @@ mod weights;
 pub use dry::{Footprint, Pass, footprint};
 pub use options::{
     Adagrad, AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Lamb, Lion, Moment, Optimizer,
-    Options, Policy, Publish, Sgd, Target,
+    Options, Policy, Publish, Sgd, Target, Updates,
 };
 pub use report::{AheadReport, Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
@@ -43,7 +44,7 @@ use crate::model::Model;
 use crate::queue::{Notifier, WorkQueue};
 use crate::tensor::DType;
 use ahead::RunAhead;
-use engine::{Engine, Parts, key};
+use engine::{Engine, Parts, Pass as Walk, key};
 use places::Places;
 use scratch::Scratch;
 use trace::Trace;
@@ -189,6 +190,7 @@ impl Trainer {
         let engine = Engine::new(Parts {
             train,
             eval: Plan::evaluation(&order_model, &placement)?,
+            flush: Plan::flush(&order_model, &placement)?,
             model: Arc::clone(&model),
             updater: Updater {
                 workers,
@@ -225,7 +227,7 @@ impl Trainer {
     /// # Errors
     /// If an earlier step failed.
     pub fn begin(&mut self, lr: f64) -> Result<Step<'_>> {
-        let begun = self.engine.begin(Pass::Train, lr);
+        let begun = self.engine.begin(Walk::Train, lr);
         self.engine.sticky(begun)?;
         Ok(Step::new(
             &mut self.engine,
@@ -235,13 +237,13 @@ impl Trainer {
         ))
     }
 
-    /// Begins a forward pass without gradients. Updates under way are waited for.
+    /// Begins a forward pass without gradients. Updates under way are waited for, as [`Trainer::settle`] does.
     ///
     /// # Errors
     /// If an earlier step failed.
     pub fn eval(&mut self) -> Result<Step<'_>> {
         self.settle()?;
-        let begun = self.engine.begin(Pass::Eval, 0.0);
+        let begun = self.engine.begin(Walk::Eval, 0.0);
         self.engine.sticky(begun)?;
         Ok(Step::new(
             &mut self.engine,
@@ -251,7 +253,7 @@ impl Trainer {
         ))
     }
 
-    /// Waits until all updates and writes are done.
+    /// Waits until all updates and writes are done, with [`Updates::Delayed`] those of the newest gradient too.
     ///
     /// # Errors
     /// The first of their failures.
@@ -261,7 +263,7 @@ impl Trainer {
     }
 
     /// Makes all states durable as a new generation, with a text of the user's own (a schedule, a
-    /// data position). Returns its number.
+    /// data position), settled as by [`Trainer::settle`]. Returns its number.
     ///
     /// # Errors
     /// The disk's failure; the generation before stands then. [`Error::Misuse`] under
@@ -394,6 +396,11 @@ fn check_optimizer(model: &Model, options: &Options) -> Result<()> {
             model.dtype
         ));
     }
+    if options.split_master && options.updates == Updates::Delayed {
+        let what = "delayed updates keep new parameters beside the old ones, and a split master has one of both: \
+                    use one or the other";
+        return misuse(what.to_owned());
+    }
     if options.optimizer.whole_tensors()
         && (options.optimizer_chunk.is_some() || options.partitions > 1)
     {
@@ -435,20 +442,21 @@ fn place(
         Some(chunk) => chunk.min(largest),
         None => chunk(elements().sum()).min(largest),
     };
-    let format = options.format();
+    let (format, timing) = (options.format(), timing(options));
+    if timing == Timing::Delayed && options.ahead == Ahead::Always {
+        let what = "with delayed updates none runs ahead of the norm, which is known before them; leave Ahead at \
+                    auto, or the updates exact";
+        return Err(Error::Misuse(what.to_owned()));
+    }
     let (undo_log_bytes, undo_grad_bytes) = match options.ahead {
+        _ if timing == Timing::Delayed => (0, 0),
         Ahead::Never => (0, 0),
         Ahead::Auto | Ahead::Always => update::undo_room(model, chunk, &options.optimizer, format),
     };
     let place_options = order::PlaceOptions {
         policy: options.placement,
         lookahead: options.lookahead,
-        // A split master's old parameters are gone once the new ones stand.
-        timing: if options.clip.is_some() || options.split_master {
-            Timing::AfterNorm
-        } else {
-            Timing::Immediate
-        },
+        timing,
         chunk_elements: chunk,
         partitions: options.partitions,
         scratch_bytes: places::device_fixed_bytes(footprint),
@@ -463,6 +471,16 @@ fn place(
         split: options.split_master,
     };
     Ok(order::place(order_model, budgets, &place_options)?)
+}
+
+fn timing(options: &Options) -> Timing {
+    match (options.updates, options.clip) {
+        (Updates::Delayed, _) => Timing::Delayed,
+        (Updates::Exact, Some(_)) => Timing::AfterNorm,
+        // A split master's old parameters are gone once the new ones stand.
+        (Updates::Exact, None) if options.split_master => Timing::AfterNorm,
+        (Updates::Exact, None) => Timing::Immediate,
+    }
 }
 
 /// Elements of a part, from the model alone, so that a store opens under any budget: large enough
@@ -543,7 +561,7 @@ fn disk(
     }
     tuning.throttle = options.disk_throttle;
     store.tuning = Some(tuning);
-    store.undo = options.clip.is_none();
+    store.undo = timing(options) == Timing::Immediate;
     store.copies = match options.publish {
         Publish::Often => Copies::Two,
         Publish::End | Publish::Never => Copies::One,

@@ -24,7 +24,7 @@ pub(super) struct Resolving {
 impl Engine {
     /// All sums are known.
     pub(super) fn norm(&mut self, task: TaskRef) -> Result<()> {
-        let Some(ending) = self.open[(task.step % 2) as usize].ending else {
+        let Some(ending) = self.open.of(task.step).ending else {
             // The trainer may discard the step yet.
             self.held = Some(task);
             return Ok(());
@@ -48,7 +48,7 @@ impl Engine {
             self.skipped += u64::from(ending == Ending::Apply);
             StepScalars::unchanged()
         };
-        self.open[(task.step % 2) as usize].scalars = Some(scalars);
+        self.open.of_mut(task.step).scalars = Some(scalars);
         // Early updates counted on a step like this one.
         let stands = counts && scale == 1.0;
         self.ahead.decided(stands);
@@ -78,7 +78,7 @@ impl Engine {
     }
 
     fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
-        let lr = self.open[(step % 2) as usize].lr;
+        let lr = self.open.of(step).lr;
         let optimizer = self.updater.optimizer;
         StepScalars {
             decayed: optimizer.at(applied, lr, scale),
@@ -89,7 +89,7 @@ impl Engine {
     /// What the updates of a step use. Before the norm the step counts as one that will be applied, and not
     /// clipped.
     pub(super) fn step_scalars(&self, step: u64) -> StepScalars {
-        let known = self.open[(step % 2) as usize].scalars;
+        let known = self.open.of(step).scalars;
         known.unwrap_or_else(|| self.scalars(step, self.applied + 1, 1.0))
     }
 

@@ -134,15 +134,17 @@ impl Engine {
         section: SectionId,
     ) -> Result<()> {
         let plan = Arc::clone(self.scheduler().plan());
-        let cast = self
-            .model
-            .cast_offset(&self.model.sections[section.0 as usize]);
-        let in_slot = spec
-            .slot
-            .map(|claim| self.slot(&plan, task.step, claim) + cast.unwrap_or(0));
-        let gradient = self.places.grad_here(section).or(in_slot);
-        let Some(gradient) = gradient else {
+        let Some(claim) = spec.slot else {
             unreachable!("a whole gradient is in its slot");
+        };
+        let slot = self.slot(&plan, task.step, claim);
+        let gradient = if let Some(place) = self.places.grad_here(section) {
+            // To where it waits for its update on the device; the one before has been applied.
+            self.cast_gradient(section, slot, place)?;
+            place
+        } else {
+            let section = &self.model.sections[section.0 as usize];
+            slot + self.model.cast_offset(section).unwrap_or(0)
         };
         let dtype = self.model.dtype;
         let values = view(gradient, dtype, spec.amount as usize);
@@ -177,7 +179,7 @@ impl Engine {
         let Some(gradient) = self.places.grad_here(section) else {
             unreachable!("a gradient that is applied on the device has a place there");
         };
-        let scalars = self.step_scalars(task.step);
+        let scalars = self.update_scalars(task);
         let span = self.placement.parts(section)[part as usize];
         let range = span.first as usize..(span.first + span.elements) as usize;
         let states = self.places.states(section, part);

@@ -54,6 +54,31 @@ impl std::str::FromStr for Ahead {
     }
 }
 
+/// When a step's gradient is applied. It is part of what a run computes, unlike [`Ahead`] and the placement.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Updates {
+    /// Before the next step computes: AdamW as written.
+    #[default]
+    Exact,
+    /// Beside the next step, which still computes on the parameters from before; the step after it sees them
+    /// updated. An approximation (one-step delayed update: ZeRO-Offload, section 5.2) in which a step takes the
+    /// longer of computing and updating where the exact one takes their sum, as where every step clips. Results
+    /// still depend on no placement, look-ahead or thread count. But [`Trainer::settle`](crate::Trainer::settle),
+    /// [`Trainer::publish`](crate::Trainer::publish) and [`Trainer::eval`](crate::Trainer::eval) apply the gradient
+    /// that waits, so that the step after them is not delayed: a run has the bits of another that does them behind
+    /// the same steps. Nothing runs ahead of the norm ([`Ahead`]).
+    Delayed,
+}
+
+impl std::fmt::Display for Updates {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Exact => "exact",
+            Self::Delayed => "delayed by a step (approximate)",
+        })
+    }
+}
+
 /// What a trainer may use and how it updates. Start from [`Options::new`].
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -88,6 +113,8 @@ pub struct Options {
     pub clip: Option<f64>,
     /// Whether updates run before the norm that `clip` looks at is known.
     pub ahead: Ahead,
+    /// Whether a step's gradient is applied before the next step or beside it.
+    pub updates: Updates,
     /// Most elements updated in one piece; `None`: a 128th of the model, from 64 Ki to 4 Mi.
     pub optimizer_chunk: Option<u64>,
     /// Ranks that every section's optimizer states are split over. One process still holds them all.
@@ -153,6 +180,7 @@ impl Options {
             split_master: false,
             clip: Some(1.0),
             ahead: Ahead::Auto,
+            updates: Updates::Exact,
             optimizer_chunk: None,
             partitions: 1,
             publish: Publish::Often,

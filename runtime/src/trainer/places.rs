@@ -220,6 +220,13 @@ impl Places {
             .expect("the plan uses no slab that is with the disk")
     }
 
+    /// Makes a slab that of a section's parameters, and takes theirs in its place.
+    pub(super) fn swap_param(&mut self, section: SectionId, with: SlabPlace) {
+        let mut slab = self.place(with).take();
+        std::mem::swap(&mut slab, &mut self.param[section.0 as usize]);
+        *self.place(with) = slab;
+    }
+
     /// Takes a slab back.
     pub(super) fn return_slab(&mut self, place: SlabPlace, slab: Slab) {
         *self.place(place) = Some(slab);

@@ -7,7 +7,7 @@ use forebay_kernels::cpu::{self, Exchange, Isa, Workers};
 use forebay_pinned::Arena;
 use forebay_prefetch::{Bound, Lane, Rates, Traffic, bound};
 
-use super::{Options, Trainer};
+use super::{Options, Trainer, Updates};
 use crate::bench::pcie;
 use crate::error::{Error, Result};
 use crate::target::Target;
@@ -190,6 +190,8 @@ pub struct Report {
     pub steps: u64,
     /// The median step, in seconds.
     pub step_s: f64,
+    /// When gradients are applied.
+    pub updates: Updates,
     /// Updates ahead of the norm.
     pub ahead: AheadReport,
     /// Bytes that a step moves by plan.
@@ -260,6 +262,11 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         ],
         steps: telemetry.steps,
         step_s: times.get(times.len() / 2).copied().unwrap_or(0.0),
+        updates: if engine.delayed() {
+            Updates::Delayed
+        } else {
+            Updates::Exact
+        },
         ahead: engine.ahead.report,
         traffic: Traffic::of(engine.plan()),
         stage_s: telemetry.stage_means(),

@@ -41,6 +41,7 @@ impl Engine {
                 TaskKind::GradOut(s)
                 | TaskKind::PushParam(s)
                 | TaskKind::WriteParam(s)
+                | TaskKind::SwapParam(s)
                 | TaskKind::Update(s, _),
                 None,
                 _,
@@ -153,7 +154,7 @@ impl Engine {
 
     pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
         let place = self.part_place(task, spec, section, part);
-        let scalars = self.step_scalars(task.step);
+        let scalars = self.update_scalars(task);
         let seq = self.queue_update(section, Work::Update, place, scalars, None);
         self.fly(task, Sign::Cpu(seq));
     }
@@ -173,6 +174,8 @@ impl Engine {
         let span = self.placement.parts(section)[part as usize];
         let plan = self.scheduler().plan();
         let own = self.places.param[section.0 as usize].as_ref();
+        // A slab that the step still reads from is not written.
+        let own = own.filter(|_| !self.delayed());
         let old = spec.param.map(|claim| self.claimed(plan, task.step, claim));
         let param = old.map(|place| self.places.get(place)).or(own);
         PartPlace {

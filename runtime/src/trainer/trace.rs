@@ -206,6 +206,7 @@ fn words(kind: TaskKind, model: &Model) -> String {
         TaskKind::WriteOptim(s, part) => format!("write states {} {part}", section(s)),
         TaskKind::WriteParam(s) => format!("write {}", section(s)),
         TaskKind::PushParam(s) => format!("push {}", section(s)),
+        TaskKind::SwapParam(s) => format!("swap {}", section(s)),
         TaskKind::Norm => "norm".to_owned(),
         TaskKind::Commit => "commit".to_owned(),
     }

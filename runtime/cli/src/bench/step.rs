@@ -6,7 +6,7 @@ use std::time::Instant;
 use forebay::bench::traffic;
 use forebay::{
     Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Options, Policy, Publish,
-    RandomInit, Report, Result, Target, Trainer, requirements,
+    RandomInit, Report, Result, Target, Trainer, Updates, requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder};
 use serde_json::json;
@@ -51,6 +51,9 @@ pub(crate) struct Step {
     /// Update before the norm of the gradient is known: auto, always or never
     #[arg(long, default_value = "auto")]
     ahead: Ahead,
+    /// Apply a gradient beside the next step, an approximation: the bound has no backward pass before updates
+    #[arg(long, conflicts_with = "ahead")]
+    delayed_update: bool,
     /// Steps that are timed, of each kind
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(3..=10_000))]
     steps: u32,
@@ -133,6 +136,7 @@ impl Step {
         let needs = |options: &Options| requirements(decoder.model(), footprint, options);
         let mut resident = Options {
             placement: Policy::Resident,
+            updates: Updates::Exact,
             device_budget: None,
             pinned_budget: None,
             trace: None,
@@ -200,6 +204,9 @@ impl Step {
         options.device_budget = self.gpu_budget.map(|bytes| bytes.0);
         options.pinned_budget = self.pinned_budget.map(|bytes| bytes.0);
         (options.placement, options.ahead) = (self.placement, self.ahead);
+        if self.delayed_update {
+            options.updates = Updates::Delayed;
+        }
         // A norm that is looked at in every step, and one that every gradient exceeds.
         options.clip = Some(if self.clips == "always" { 1e-6 } else { 1e12 });
         if let Some(threads) = self.threads {
@@ -293,11 +300,12 @@ impl Step {
     fn table(&self, found: &Found) {
         let (ours, tokens) = (&found.ours, found.tokens as f64);
         println!(
-            "{}; {:.2} M parameters, {} tokens a step; clips {}",
+            "{}; {:.2} M parameters, {} tokens a step; clips {}; updates {}",
             ours.report.device,
             found.parameters as f64 / 1e6,
             found.tokens,
-            self.clips
+            self.clips,
+            ours.report.updates
         );
         let line = |what: &str, seconds: f64, more: String| {
             println!("{what:<44} {:>9.1} ms  {more}", seconds * 1e3);
@@ -398,6 +406,7 @@ fn object(found: &Found) -> serde_json::Value {
     };
     let (bound_s, bound_by) = found.bound();
     json!({
+        "updates": found.ours.report.updates.to_string(),
         "device": found.ours.report.device,
         "parameters": found.parameters,
         "tokens": found.tokens,
