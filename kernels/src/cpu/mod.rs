@@ -2,6 +2,7 @@
 
 mod adam;
 mod cast;
+mod cores;
 mod isa;
 mod norm;
 pub mod ops;
@@ -13,7 +14,8 @@ pub use adam::{
     adamw_rest, adamw_undo, log_bytes,
 };
 pub use cast::{bf16_to_f32, f32_to_bf16, round_to_bf16};
+pub use cores::{Binding, Cores, bind_this_thread};
 pub use isa::Isa;
 pub use norm::{NormIn, SquareSum, square_sum};
 pub(crate) use norm::{PIECES as SQUARE_SUM_PIECES, strand_of as square_sum_strand};
-pub use workers::Workers;
+pub use workers::{Shift, Workers};
