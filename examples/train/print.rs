@@ -99,6 +99,9 @@ impl Printer {
             options.placement,
             options.lookahead
         );
+        if args.bind_threads {
+            println!("the optimizer's threads: {}", report.threads);
+        }
         println!("{}", publish_line(&report, args.when()?));
         Ok(())
     }
@@ -164,6 +167,7 @@ impl Printer {
             "{}",
             json!({"summary": {
                 "device": s.report.device,
+                "threads": s.report.threads,
                 "dtype": s.dtype.to_string(),
                 "params": s.parameters,
                 "steps": s.steps_done,

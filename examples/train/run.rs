@@ -318,6 +318,7 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     options.placement = args.placement;
     options.lookahead = args.lookahead;
     options.threads = threads(args);
+    options.bind_threads = args.bind_threads;
     options.optimizer = AdamW {
         lr: recipe.lr,
         weight_decay: recipe.weight_decay,

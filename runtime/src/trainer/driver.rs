@@ -162,14 +162,14 @@ impl Engine {
                 break task;
             }
             if !moved {
-                if let Some(trace) = self.tracing() {
-                    trace.waiting();
+                if let Some((trace, scheduler)) = self.tracing() {
+                    trace.waiting(scheduler);
                 }
                 self.nap();
             }
         };
-        if let Some(trace) = self.tracing() {
-            trace.entered(task);
+        if let Some((trace, scheduler)) = self.tracing() {
+            trace.entered(scheduler, task);
         }
         self.order(Stream::Compute, task);
         self.stage = Some((stage, task));

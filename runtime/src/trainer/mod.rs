@@ -28,7 +28,7 @@ pub use weights::{RandomInit, Weights};
 
 use std::sync::Arc;
 
-use forebay_kernels::cpu::{Isa, Workers};
+use forebay_kernels::cpu::{Binding, Isa, Workers};
 use forebay_nvme::{Copies, Item, Layout, Shape, StateKind, Store};
 use forebay_pinned::{Arena, Lock};
 use forebay_prefetch as order;
@@ -45,7 +45,7 @@ use ahead::RunAhead;
 use engine::{Engine, Parts, key};
 use places::Places;
 use scratch::Scratch;
-use trace::Trace;
+use trace::{Shifts, Trace};
 use update::Optimizer;
 
 /// Updates of the optimizer's lane that may wait.
@@ -131,7 +131,7 @@ impl Trainer {
         // Before anything is made that would be left behind.
         let trace = options.trace.as_deref();
         let trace = trace
-            .map(|path| Trace::new(path, &model, &train))
+            .map(|path| Trace::new(path, &model, &train, options.threads))
             .transpose()?;
         let (store_layout, store_options) = disk(&model, &order_model, &placement, options);
         let notifier = Arc::new(Notifier::default());
@@ -149,6 +149,12 @@ impl Trainer {
         let depth = LANE_DEPTH + placement.undo_buffers() as usize;
         let lane = WorkQueue::new("fb-optimizer", depth, Arc::clone(&notifier))
             .map_err(Error::system("starting the optimizer's lane"))?;
+        let shifts = trace.as_ref().map(|_| Shifts::new(&workers, &train));
+        let binding = if options.bind_threads {
+            workers.bind(lane.thread())
+        } else {
+            Binding::Free
+        };
         let scratch = Scratch::new(places.scratch);
         let lock = arena.lock().clone();
         let cost = PublishCost {
@@ -168,6 +174,8 @@ impl Trainer {
             model: Arc::clone(&model),
             optimizer: Optimizer {
                 workers,
+                binding,
+                shifts,
                 isa: Isa::best(),
             },
             device,

@@ -186,6 +186,8 @@ pub struct Report {
     pub disk: String,
     /// Whether pinned memory is page-locked, and what to do if not.
     pub lock: String,
+    /// The CPU optimizer's threads, and whether they are bound to CPUs.
+    pub threads: String,
     /// Device, pinned memory, disk.
     pub tiers: [TierReport; 3],
     /// Host to device, device to host, disk reads, disk writes.
@@ -247,6 +249,11 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         device: engine.device.name(),
         disk: engine.store.describe().to_owned(),
         lock: trainer.lock.to_string(),
+        threads: {
+            let optimizer = &engine.optimizer;
+            let (threads, binding) = (optimizer.workers.threads(), &optimizer.binding);
+            format!("{threads} {}", binding)
+        },
         tiers: [
             tier(
                 "device",

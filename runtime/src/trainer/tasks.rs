@@ -71,7 +71,8 @@ impl Engine {
     }
 
     fn trace_transfer(&mut self, task: TaskRef) {
-        if let Some(trace) = self.tracing() {
+        if let Some((trace, scheduler)) = self.tracing() {
+            trace.started(scheduler, task);
             trace.transfer_starts(task);
         }
     }
@@ -152,7 +153,7 @@ impl Engine {
     pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
         let place = self.part_place(task, spec, section, part);
         let scalars = self.step_scalars(task.step);
-        let seq = self.queue_update(section, Work::Update, place, scalars, None);
+        let seq = self.queue_update(task, section, Work::Update, place, scalars, None);
         self.fly(task, Sign::Cpu(seq));
     }
 
@@ -184,6 +185,7 @@ impl Engine {
     /// Hands the optimizer's work on a part to its lane. `left` is told what an update ahead left.
     pub(super) fn queue_update(
         &mut self,
+        task: TaskRef,
         section: SectionId,
         work: Work,
         place: PartPlace,
@@ -198,6 +200,9 @@ impl Engine {
             // SAFETY: states, gradient, parameters and what is kept belong to this update until it is
             // done: the scheduler starts nothing that reads the parameters, or writes any of them, before.
             let done = unsafe { update::work(&optimizer, work, &scalars, &runs, place) };
+            if let Some(shifts) = &optimizer.shifts {
+                shifts.note(&optimizer.workers, task);
+            }
             if let Some(rest) = done {
                 clock.add(work, place.elements, start.elapsed());
                 if let Some(left) = left {

@@ -8,10 +8,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_kernels::cpu::{
-    AdamScalars, Exchange, Isa, Kept, States, Workers, adamw_ahead, adamw_parallel, adamw_rest,
-    adamw_undo, f32_to_bf16, log_bytes,
+    AdamScalars, Binding, Exchange, Isa, Kept, States, Workers, adamw_ahead, adamw_parallel,
+    adamw_rest, adamw_undo, f32_to_bf16, log_bytes,
 };
 
+use super::trace::Shifts;
 use crate::model::{Model, Section};
 use crate::tensor::DType;
 
@@ -51,6 +52,9 @@ pub(super) fn runs(section: &Section) -> Arc<[Run]> {
 #[derive(Debug)]
 pub(super) struct Optimizer {
     pub(super) workers: Workers,
+    pub(super) binding: Binding,
+    /// What each worker does, while a trace is written.
+    pub(super) shifts: Option<Shifts>,
     pub(super) isa: Isa,
 }
 
