@@ -8,6 +8,7 @@
 
 mod attention;
 mod gpu;
+mod held;
 
 use forebay_kernels::cpu::{self, AdamW, Exchange, Isa, NormIn, States, ops as host};
 use forebay_kernels::cuda::ops::{self, Queue};
