@@ -190,6 +190,7 @@ impl Printer {
                 "life_written_bytes": s.report.disk_stats.life.written_bytes,
                 "step_read_bytes": traffic.disk_read,
                 "step_written_bytes": traffic.disk_write,
+                "step_states_bytes": traffic.disk_states,
                 "step_s": s.report.step_s,
                 "bound_s": s.bound.seconds,
                 "bound_by": s.bound.by,

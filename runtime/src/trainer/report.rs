@@ -252,7 +252,7 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         threads: {
             let optimizer = &engine.optimizer;
             let (threads, binding) = (optimizer.workers.threads(), &optimizer.binding);
-            format!("{threads} {}", binding)
+            format!("{threads}, {binding}")
         },
         tiers: [
             tier(
