@@ -68,9 +68,7 @@ impl Picture {
         for spans in lanes.values_mut() {
             spans.sort_by(|a, b| a.start.total_cmp(&b.start));
         }
-        let both = |(id, ends): (u64, [Vec<(String, f64)>; 2])| match ends
-            .map(|e| <[_; 1]>::try_from(e))
-        {
+        let both = |(id, ends): (u64, [Vec<(String, f64)>; 2])| match ends.map(<[_; 1]>::try_from) {
             [Ok([from]), Ok([to])] => Ok([from, to]),
             other => Err(format!("arrow {id} has not two ends: {other:?}")),
         };
