@@ -150,7 +150,12 @@ fn adamw_on_bound_threads_beside_free_ones() {
             "{outcome}"
         );
     }
-    refused(&["adam", "--bind", "maybe"], &["off, on or both"]);
+    let wrong = bench(&["adam", "--bind", "maybe"]);
+    let error = String::from_utf8_lossy(&wrong.stderr);
+    assert!(
+        !wrong.status.success() && error.contains("off, on or both"),
+        "{error}"
+    );
 }
 
 #[test]
