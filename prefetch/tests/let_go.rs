@@ -93,11 +93,15 @@ fn what_was_told_last_before_a_task_could_start_let_it_go() {
     let mut seen = BTreeMap::new();
     for (seed, policy) in (1..).zip([Policy::Auto, Policy::Pinned, Policy::Disk]) {
         for timing in [Timing::AfterNorm, Timing::Immediate] {
-            for gathers in [false, true] {
+            // With more slots and slabs it is one's turn that comes last.
+            for (gathers, more) in [(false, 0), (true, 0), (false, 3 * MIB), (true, 6 * MIB)] {
                 let model = decoder(6, MIB, MIB / 2, seed % 2 == 0, 8192);
                 let model = if gathers { gathering(model) } else { model };
                 let options = options(policy, 2, timing);
-                let placement = place(&model, least(&model, &options), &options).unwrap();
+                let mut budgets = least(&model, &options);
+                budgets.device_bytes += more;
+                budgets.pinned_bytes += 4 * more;
+                let placement = place(&model, budgets, &options).unwrap();
                 let plan = Arc::new(Plan::training(&model, &placement).unwrap());
                 let stages = plan.stages().len() as u32;
                 let mut teller = Teller {
