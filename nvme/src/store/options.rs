@@ -33,7 +33,7 @@ pub struct Options {
     pub tuning: Option<Tuning>,
     /// What the folders are on.
     pub medium: Arc<dyn Medium>,
-    /// Whether steps are to be undone ([`Store::hold`]): costs a place more for each extent.
+    /// Whether steps are to be undone ([`Store::hold`](super::Store::hold)): costs a place more for each extent.
     pub undo: bool,
     /// Copies of each extent.
     pub copies: Copies,

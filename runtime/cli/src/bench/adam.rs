@@ -60,8 +60,12 @@ fn parameters(bytes_per_s: f64) -> f64 {
 
 fn table(report: &Report, rounds: u32) {
     let (isa, threads) = (&report.isa, report.threads);
+    let beside = match report.outcomes.iter().any(|o| o.bound.is_some()) {
+        true => "free beside ",
+        false => "",
+    };
     println!(
-        "{isa}, {threads} threads, {}; {rounds} rounds; memory: {}",
+        "{isa}, {threads} threads, {beside}{}; {rounds} rounds; memory: {}",
         report.binding, report.memory
     );
     println!(
