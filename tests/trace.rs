@@ -185,7 +185,9 @@ fn a_trace_shows_each_stage_once_a_step_and_every_worker_within_its_optimizer() 
 fn a_wait_names_the_stage_and_what_it_waited_for_and_arrows_come_from_there() {
     let picture = Picture::of(&traced(&[])).unwrap();
     picture.check().unwrap();
-    let waits = &picture.lanes["trainer waits"];
+    let waits = picture.lanes["trainer waits"].iter();
+    let (losses, waits): (Vec<_>, Vec<_>) = waits.partition(|s| s.name == "waits for the loss");
+    assert_eq!(losses.len(), 4, "one a step");
     let tasks: BTreeSet<&str> = picture
         .lanes
         .iter()
@@ -194,7 +196,7 @@ fn a_wait_names_the_stage_and_what_it_waited_for_and_arrows_come_from_there() {
         .collect();
     assert!(waits.len() > 10, "{}", waits.len());
     let mut named = 0;
-    for wait in waits {
+    for wait in &waits {
         let (stage, causes) = wait
             .name
             .split_once(" waits for ")

@@ -81,6 +81,9 @@ const KEYS: [&str; 5] = [
     "disk_write",
 ];
 const COMPUTE: usize = CAUSES.len();
+const TRAINER: usize = COMPUTE + 1;
+/// Sets of what may be under way at once.
+const SETS: usize = 1 << (TRAINER + 1);
 
 impl Lane {
     fn of(name: &str) -> Option<Self> {
@@ -106,8 +109,8 @@ struct Found {
     first: u64,
     last: u64,
     wall: f64,
-    /// By what was under way at once: a bit for each of [`CAUSES`], and one for compute.
-    at_once: [f64; 1 << (COMPUTE + 1)],
+    /// By what was under way at once: a bit for each of [`CAUSES`], for compute, and for the trainer's waits.
+    at_once: [f64; SETS],
     workers: usize,
     worked: f64,
     /// What the trainer waited for, and how long, longest first.
@@ -141,9 +144,10 @@ impl Found {
         [1 << COMPUTE, all & !this].map(|not| self.time(this, not))
     }
 
-    /// Of the idle time, in which nothing was.
-    fn nothing(&self) -> f64 {
-        self.at_once[0]
+    /// Of the idle time, in which nothing was; and in which the trainer waited meanwhile.
+    fn nothing(&self) -> [f64; 2] {
+        let all = (1 << (COMPUTE + 1)) - 1;
+        [0, 1 << TRAINER].map(|these| self.time(these, all))
     }
 
     /// The part of the optimizer's time that its workers had work.
@@ -210,7 +214,7 @@ impl Trace {
             first,
             last,
             wall: (end - begin) / 1e6,
-            at_once: [0.0; 1 << (COMPUTE + 1)],
+            at_once: [0.0; SETS],
             workers,
             worked: 0.0,
             waits: Vec::new(),
@@ -229,7 +233,7 @@ impl Trace {
                 }
                 Lane::Trainer => {
                     *waits.entry(event.name.as_str()).or_default() += (to - from) / 1e6;
-                    continue;
+                    TRAINER
                 }
             };
             edges.extend([(from, which, 1), (to, which, -1)]);
@@ -249,7 +253,7 @@ impl Trace {
         let Some(((least, _), (most, _))) = ends else {
             return Err("no steps in it; give what train --trace FILE wrote".to_owned());
         };
-        let first = self.from.unwrap_or(least + WARM_UP);
+        let first = self.from.unwrap_or(least.saturating_add(WARM_UP));
         let last = self.to.unwrap_or(most.saturating_sub(1));
         let there = |step: u64| begins.contains_key(&step);
         if first > last || !there(first) || !last.checked_add(1).is_some_and(there) {
@@ -264,10 +268,10 @@ impl Trace {
 }
 
 /// For each set of what was under way at once, the seconds.
-fn at_once(begin: f64, end: f64, mut edges: Vec<(f64, usize, i32)>) -> [f64; 1 << (COMPUTE + 1)] {
+fn at_once(begin: f64, end: f64, mut edges: Vec<(f64, usize, i32)>) -> [f64; SETS] {
     edges.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut seconds = [0.0; 1 << (COMPUTE + 1)];
-    let mut under_way = [0; COMPUTE + 1];
+    let mut seconds = [0.0; SETS];
+    let mut under_way = [0; TRAINER + 1];
     let mut now = begin;
     for (at, which, change) in edges {
         seconds[mask(&under_way)] += (at - now) / 1e6;
@@ -278,7 +282,7 @@ fn at_once(begin: f64, end: f64, mut edges: Vec<(f64, usize, i32)>) -> [f64; 1 <
     seconds
 }
 
-fn mask(under_way: &[i32; COMPUTE + 1]) -> usize {
+fn mask(under_way: &[i32; TRAINER + 1]) -> usize {
     let bits = under_way.iter().enumerate();
     bits.map(|(which, count)| usize::from(*count > 0) << which)
         .sum()
@@ -312,14 +316,19 @@ fn table(found: &Found) {
             part(alone, found.idle())
         );
     }
-    let nothing = found.nothing();
-    println!(
-        "{:<20} {:>12} {:>18.3} {:>18.1}",
-        "none of these",
-        "",
-        ms(nothing),
-        part(nothing, found.idle())
-    );
+    let [nothing, waiting] = found.nothing();
+    for (what, seconds) in [
+        ("none of these", nothing),
+        ("  the trainer waits", waiting),
+        ("  it does not", nothing - waiting),
+    ] {
+        let of_idle = part(seconds, found.idle());
+        println!(
+            "{what:<20} {:>12} {:>18.3} {of_idle:>18.1}",
+            "",
+            ms(seconds)
+        );
+    }
     if let Some(work) = found.work() {
         println!(
             "the optimizer's {} workers worked {:.1} % of its time",
@@ -328,10 +337,7 @@ fn table(found: &Found) {
         );
     }
     let waited: f64 = found.waits.iter().map(|(_, seconds)| seconds).sum();
-    println!(
-        "the trainer waited {:.3} ms a step to enter stages; longest:",
-        ms(waited)
-    );
+    println!("the trainer waited {:.3} ms a step; longest:", ms(waited));
     for (what, seconds) in found.waits.iter().take(NAMED) {
         println!("{:>10.3} ms  {what}", ms(*seconds));
     }
@@ -357,7 +363,8 @@ fn object(found: &Found) -> serde_json::Value {
         "compute_busy_s": found.busy(),
         "compute_idle_s": found.idle(),
         "idle": causes,
-        "idle_unexplained": found.nothing() / idle,
+        "idle_unexplained": found.nothing()[0] / idle,
+        "idle_unexplained_waiting": found.nothing()[1] / idle,
         "workers": found.workers,
         "workers_worked": found.work(),
         "waits": waits.map(|(what, seconds)| json!({"what": what, "s": seconds})).collect::<Vec<_>>(),

@@ -61,7 +61,7 @@ fn drawn() -> Value {
         span(0, "layer 1", 0.3, 0.2);
         span(1, "fetch", 0.7, 0.2);
         span(2, "update", 0.4, 0.4);
-        span(3, "layer 1 waits for fetch", 0.8, 0.1);
+        span(3, "layer 1 waits for fetch", 0.85, 0.1);
         span(4, "update", 0.4, 0.2);
     }
     json!({"traceEvents": events})
@@ -90,6 +90,7 @@ fn idle_time_is_told_by_what_was_under_way_meanwhile() {
         close(&idle[cause]["alone"], alone);
     }
     close(&all["idle_unexplained"], 0.2);
+    close(&all["idle_unexplained_waiting"], 0.1);
     close(&all["workers_worked"], 0.25);
     assert_eq!(all["waits"][0]["what"], "layer 1 waits for fetch");
     close(&all["waits"][0]["s"], 0.2);

@@ -3,7 +3,7 @@
 //!
 //! Device lanes show when the device itself worked, by its own clock; the disk's lanes when transfers
 //! were asked for and came back; the optimizer's workers each their part of an update; the trainer's when it
-//! could not enter a stage, and what that waited for. Arrows go from what let a task go to that task.
+//! could not enter a stage, and what that waited for, and when it waited for the loss. Arrows go from what let a task go to that task.
 
 mod links;
 mod shifts;
@@ -205,6 +205,14 @@ impl Trace {
         let place = self.event(TRAINER, &name, until_now(start), &args);
         if let Some(by) = ended {
             self.links.wait(by, place);
+        }
+    }
+
+    /// The trainer has the loss of a step, for which it waited.
+    pub(super) fn has_loss(&mut self, step: u64) {
+        if let Some((start, _)) = self.waiting.take() {
+            let args = format!("\"step\":{step}");
+            self.event(TRAINER, "waits for the loss", until_now(start), &args);
         }
     }
 
