@@ -143,9 +143,9 @@ impl Workers {
         self.threads.len() + 1
     }
 
-    /// Binds each thread to a CPU of its own, in the order of [`Cores`]; `caller` is the thread that will call
-    /// [`Workers::run`], the calling one if there is none. It is bound to the first. Where there are more threads than CPUs,
-    /// or the system refuses one, all stay free.
+    /// Binds each thread to a CPU of its own, in the order of [`Cores`], the first for `caller`: the thread that
+    /// will call [`Workers::run`], this one if none is given. Where there are more threads than CPUs, or the
+    /// system refuses one, all stay free.
     ///
     /// For a process that has these CPUs to itself: whoever else is bound to them, or works on them, slows the
     /// whole pool down.

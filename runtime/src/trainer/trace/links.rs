@@ -105,8 +105,8 @@ fn let_go(scheduler: &Scheduler, task: TaskRef) -> Option<LetGo> {
     Some(let_go)
 }
 
-/// What a stage waited for since some time of the scheduler's: what let it go, what let that go, and so on; and the first of them that
-/// did so by its end.
+/// What a stage waited for since some time of the scheduler's: what let it go, what let that go, and so on; and
+/// the first of them that did so by its end.
 pub(super) fn chain(
     scheduler: &Scheduler,
     stage: TaskRef,

@@ -3,7 +3,8 @@
 //!
 //! Device lanes show when the device itself worked, by its own clock; the disk's lanes when transfers
 //! were asked for and came back; the optimizer's workers each their part of an update; the trainer's when it
-//! could not enter a stage, and what that waited for, and when it waited for the loss. Arrows go from what let a task go to that task.
+//! could not enter a stage, and what that waited for, and when it waited for the loss. Arrows go from what let a
+//! task go to that task.
 
 mod links;
 mod shifts;
