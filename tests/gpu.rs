@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::undocumented_unsafe_blocks)]
 
 mod common;
+#[path = "../kernels/tests/cuda/held.rs"]
+mod held;
 
 use std::path::Path;
 use std::process::Command;
@@ -15,6 +17,7 @@ use forebay::{
 };
 use forebay_decoder::Batch;
 use forebay_kernels::cuda::{check, sys};
+use held::Held;
 
 /// Whether there is a GPU; says so if not.
 fn there() -> bool {
@@ -34,33 +37,12 @@ fn cuda_options(folder: &Path) -> Options {
     with_budgets(options, &decoder())
 }
 
-/// The primary context, held: memory can be asked for, and opening a device is quick.
-struct Held(sys::CUdevice);
-
-impl Held {
-    fn new() -> Self {
-        let (mut device, mut context) = (0, std::ptr::null_mut());
-        unsafe {
-            check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, 0)).unwrap();
-            let kept = sys::cuDevicePrimaryCtxRetain(&raw mut context, device);
-            check("cuDevicePrimaryCtxRetain", kept).unwrap();
-            check("cuCtxSetCurrent", sys::cuCtxSetCurrent(context)).unwrap();
-        }
-        Self(device)
-    }
-
-    fn free(&self) -> u64 {
-        let (mut free, mut all) = (0, 0);
-        let done = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut all) };
-        check("cuMemGetInfo", done).unwrap();
-        free as u64
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.0) };
-    }
+/// Bytes of device memory that nobody uses.
+fn free(_: &Held) -> u64 {
+    let (mut free, mut all) = (0, 0);
+    let done = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut all) };
+    check("cuMemGetInfo", done).unwrap();
+    free as u64
 }
 
 #[test]
@@ -69,6 +51,7 @@ fn opening_and_closing_leaves_the_device_memory_as_it_was() {
         return;
     }
     let cycles = std::env::var("FOREBAY_CYCLES").map_or(20, |n| n.parse().unwrap());
+    // Held: memory can be asked for, and opening a device is quick.
     let held = Held::new();
     let mut before = None;
     for cycle in 0..cycles {
@@ -76,15 +59,15 @@ fn opening_and_closing_leaves_the_device_memory_as_it_was() {
         let decoder = decoder();
         let mut trainer = create(&decoder, &cuda_options(folder.path()));
         common::train(&mut trainer, &decoder, 2);
-        let open = held.free();
+        let open = free(&held);
         drop(trainer);
-        let free = held.free();
-        assert!(free > open, "it took memory and gave it back");
+        let closed = free(&held);
+        assert!(closed > open, "it took memory and gave it back");
         // What the driver keeps for itself after the first use stays.
-        let first = *before.get_or_insert(free);
-        assert_eq!(free, first, "after {cycle} cycles");
+        let first = *before.get_or_insert(closed);
+        assert_eq!(closed, first, "after {cycle} cycles");
     }
-    println!("{cycles} cycles, {} bytes free after each", held.free());
+    println!("{cycles} cycles, {} bytes free after each", free(&held));
 }
 
 #[test]

@@ -49,6 +49,7 @@ fn a_step_moves_24_bytes_of_payload_a_parameter() {
             (traffic.disk_read, traffic.disk_write),
             (12 * elements, 12 * elements)
         );
+        assert_eq!(traffic.disk_states, 24 * elements, "and nothing else");
         train(&mut trainer, &decoder, 2);
         trainer.settle().unwrap();
         let before = trainer.report().disk_stats;

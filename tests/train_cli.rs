@@ -10,37 +10,6 @@ use std::process::Command;
 use cli::{Place, check_refusal, flip, losses, newest_map, train};
 
 #[test]
-fn trace_shows_each_stage_of_each_step_once_and_no_lane_doing_two_things_at_once() {
-    let place = Place::new();
-    let path = place.path("trace.json");
-    let trace = path.display().to_string();
-    place.run(&["--json", "--trace", &trace]);
-    let text = std::fs::read_to_string(path).unwrap();
-    let events = serde_json::from_str::<serde_json::Value>(&text).unwrap()["traceEvents"].take();
-    let events: Vec<_> = events
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter(|e| e["ph"] == "X")
-        .collect();
-    let heads = events
-        .iter()
-        .filter(|e| e["tid"] == 0 && e["name"] == "head");
-    assert_eq!(heads.count(), 4, "one a step");
-    for lane in 0..8 {
-        let of_lane = events.iter().filter(|e| e["tid"] == lane);
-        let number = |e: &serde_json::Value, key: &str| e[key].as_f64().unwrap();
-        let mut spans: Vec<_> = of_lane
-            .map(|e| (number(e, "ts"), number(e, "ts") + number(e, "dur")))
-            .collect();
-        spans.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let apart = spans.windows(2).all(|pair| pair[0].1 <= pair[1].0 + 0.01);
-        assert!(apart, "lane {lane}: {spans:?}");
-        assert!(lane >= 4 || !spans.is_empty(), "lane {lane} worked");
-    }
-}
-
-#[test]
 fn json_gives_a_line_a_step_and_a_summary_with_peaks_within_budgets() {
     let place = Place::new();
     let output = place.run(&["--json"]);

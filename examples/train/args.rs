@@ -61,6 +61,9 @@ pub(crate) struct Args {
     /// Threads of the host device and of the CPU optimizer; by default one a core
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
+    /// Bind the CPU optimizer's threads to a CPU each; for a machine that has nothing else to do
+    #[arg(long)]
+    pub(crate) bind_threads: bool,
     /// Seed of the weights and of the order of the data [default: 0]
     #[arg(long)]
     pub(crate) seed: Option<u64>,

@@ -102,6 +102,9 @@ impl Printer {
         if report.updates != Updates::Exact {
             println!("updates: {}", report.updates);
         }
+        if args.bind_threads {
+            println!("the optimizer's threads: {}", report.threads);
+        }
         println!("{}", publish_line(&report, args.when()?));
         Ok(())
     }
@@ -167,6 +170,7 @@ impl Printer {
             "{}",
             json!({"summary": {
                 "device": s.report.device,
+                "threads": s.report.threads,
                 "dtype": s.dtype.to_string(),
                 "params": s.parameters,
                 "steps": s.steps_done,
@@ -189,6 +193,7 @@ impl Printer {
                 "life_written_bytes": s.report.disk_stats.life.written_bytes,
                 "step_read_bytes": traffic.disk_read,
                 "step_written_bytes": traffic.disk_write,
+                "step_states_bytes": traffic.disk_states,
                 "step_s": s.report.step_s,
                 "bound_s": s.bound.seconds,
                 "bound_by": s.bound.by,

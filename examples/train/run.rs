@@ -318,6 +318,7 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     options.placement = args.placement;
     options.lookahead = args.lookahead;
     options.threads = threads(args);
+    options.bind_threads = args.bind_threads;
     options.optimizer = recipe.optimizer()?;
     options.moments = recipe.moments()?;
     options.split_master = recipe.split_master;

@@ -75,6 +75,8 @@ pub struct Traffic {
     pub disk_read: u64,
     /// Bytes written to disk.
     pub disk_write: u64,
+    /// Those of both that are optimizer states.
+    pub disk_states: u64,
     /// Elements updated, on the CPU and on the device.
     pub updated: u64,
     /// Those of them that the CPU updates.
@@ -95,7 +97,12 @@ impl Traffic {
             .tasks()
             .iter()
             .filter(|t| matches!(t.kind, TaskKind::Update(..)));
+        let states = plan
+            .tasks()
+            .iter()
+            .filter(|t| matches!(t.kind, TaskKind::ReadOptim(..) | TaskKind::WriteOptim(..)));
         Self {
+            disk_states: states.map(|t| t.amount).sum(),
             h2d: sum(Lane::H2d),
             d2h: sum(Lane::D2h),
             disk_read: sum(Lane::DiskRead),

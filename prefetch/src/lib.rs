@@ -48,5 +48,5 @@ pub use plan::{
     ClaimRef, Dep, GradUse, LANES, Lane, Order, ParamSource, Plan, Pool, PoolId, PoolKind,
     StageUses, Task, TaskId, TaskKind, Window,
 };
-pub use scheduler::{Scheduler, TaskRef};
+pub use scheduler::{LetGo, Scheduler, TaskRef};
 pub use sim::{SimEvent, SimReport, simulate};

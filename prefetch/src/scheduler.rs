@@ -5,11 +5,14 @@
 //! that order. So the earliest unfinished task always finds its dependencies complete, its lane
 //! free in time, and its pools with what they would hold had everything before it run alone.
 
+mod let_go;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::model::StageId;
 use crate::plan::{ClaimRef, LANES, Lane, Order, Plan, PoolId, TaskId, TaskKind, Window};
+pub use let_go::LetGo;
 
 /// A task of a certain step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,6 +47,10 @@ struct Instance {
     missing: Vec<u32>,
     /// Per claim of the plan, the buffer granted.
     buffers: Vec<u32>,
+    /// When each task was issued and done; 0: not yet.
+    times: Vec<[u64; 2]>,
+    let_go: Vec<Option<LetGo>>,
+    begun: u64,
     left: usize,
 }
 
@@ -61,6 +68,9 @@ struct PoolState {
     claimants: Vec<TaskId>,
     /// The claim to grant next: step, and position among the claimants.
     next: (u64, usize),
+    /// What freed each buffer last, and what let the last claimant go.
+    freed: Vec<Option<LetGo>>,
+    turn: Option<LetGo>,
 }
 
 /// See the module.
@@ -71,7 +81,8 @@ pub struct Scheduler {
     next_step: Vec<Vec<Successor>>,
     first_claim: Vec<u32>,
     open: VecDeque<Instance>,
-    spare: Vec<Instance>,
+    /// The one that was open last comes last: it is looked at until it is used again.
+    spare: VecDeque<Instance>,
     begun: u64,
     pools: Vec<PoolState>,
     ready: [Vec<TaskRef>; LANES.len()],
@@ -80,6 +91,12 @@ pub struct Scheduler {
     cursor: u64,
     /// Updates from disk done, over all steps.
     updated: u64,
+    /// What is told is counted, and that is the time.
+    now: u64,
+    /// What ended each stage, and each update from disk, of the last steps: by their number in all steps.
+    moved_on: [Vec<Option<LetGo>>; 2],
+    /// By lane: the last task that ended while no other could start.
+    made_room: [Option<LetGo>; LANES.len()],
 }
 
 impl Scheduler {
@@ -97,6 +114,8 @@ impl Scheduler {
                 free: vec![true; p.buffers as usize],
                 claimants: Vec::new(),
                 next: (0, 0),
+                freed: vec![None; p.buffers as usize],
+                turn: None,
             })
             .collect();
         for (id, task) in (0..).map(TaskId).zip(plan.tasks()) {
@@ -118,12 +137,20 @@ impl Scheduler {
             }
         }
         let instance = || Instance {
-            step: 0,
+            step: u64::MAX,
             status: vec![Status::Waiting; count],
             missing: vec![0; count],
             buffers: vec![u32::MAX; claims as usize],
+            times: vec![[0; 2]; count],
+            let_go: vec![None; count],
+            begun: 0,
             left: 0,
         };
+        let kept = |each: usize| vec![None; OPEN_STEPS * each.max(1)];
+        let moved_on = [
+            kept(plan.stages().len()),
+            kept(plan.staged_updates as usize),
+        ];
         Self {
             same_step,
             next_step,
@@ -136,6 +163,9 @@ impl Scheduler {
             in_flight: [0; LANES.len()],
             cursor: 0,
             updated: 0,
+            now: 0,
+            moved_on,
+            made_room: [None; LANES.len()],
             plan,
         }
     }
@@ -155,12 +185,18 @@ impl Scheduler {
     /// # Panics
     /// Unless [`Scheduler::can_begin`].
     pub fn begin_step(&mut self) -> u64 {
-        let mut instance = self.spare.pop().expect("as many steps are open as may be");
+        let mut instance = self
+            .spare
+            .pop_front()
+            .expect("as many steps are open as may be");
         let step = self.begun;
         self.begun += 1;
         instance.step = step;
         instance.left = self.plan.tasks().len();
+        instance.begun = self.now;
         instance.buffers.fill(u32::MAX);
+        instance.times.fill([0; 2]);
+        instance.let_go.fill(None);
         let previous = self.open.back();
         for (index, task) in self.plan.tasks().iter().enumerate() {
             let holds = |dep: &&crate::plan::Dep| {
@@ -240,6 +276,7 @@ impl Scheduler {
     /// Told by the driver: the work of a task on a device lane is in its stream.
     pub fn issued(&mut self, task: TaskRef) {
         self.set(task, Status::Issued);
+        self.note(task, Order::Issued);
         self.advance(task, Order::Issued);
     }
 
@@ -247,17 +284,25 @@ impl Scheduler {
     pub fn done(&mut self, task: TaskRef) {
         let was = self.status(task);
         self.set(task, Status::Done);
+        let ended = Some(self.note(task, Order::Done));
         let plan = Arc::clone(&self.plan);
         let spec = plan.task(task.id);
-        self.in_flight[spec.lane as usize] -= 1;
+        let lane = spec.lane as usize;
+        if self.in_flight[lane] == IN_FLIGHT[lane] {
+            self.made_room[lane] = ended;
+        }
+        self.in_flight[lane] -= 1;
         for &claim in &spec.frees {
             let pool = plan.task(claim.task).claims[claim.claim as usize];
             let buffer = self.buffer(task.step, claim);
-            self.pools[pool.0 as usize].free[buffer as usize] = true;
+            let pool = &mut self.pools[pool.0 as usize];
+            pool.free[buffer as usize] = true;
+            pool.freed[buffer as usize] = ended;
         }
+        let [stages, updates] = &mut self.moved_on;
         match spec.kind {
-            TaskKind::Compute(_) => self.cursor += 1,
-            TaskKind::WriteOptim(..) => self.updated += 1,
+            TaskKind::Compute(_) => let_go::count(&mut self.cursor, stages, ended),
+            TaskKind::WriteOptim(..) => let_go::count(&mut self.updated, updates, ended),
             _ => {}
         }
         if was != Status::Issued {
@@ -319,6 +364,8 @@ impl Scheduler {
     fn start(&mut self, task: TaskRef) {
         let plan = Arc::clone(&self.plan);
         let spec = plan.task(task.id);
+        let let_go = self.find_let_go(task, spec);
+        self.instance_mut(task.step).let_go[task.id.0 as usize] = let_go;
         for (index, pool) in spec.claims.iter().enumerate() {
             let pool = &mut self.pools[pool.0 as usize];
             let buffer = pool
@@ -327,6 +374,7 @@ impl Scheduler {
                 .position(|f| *f)
                 .expect("checked by can_claim");
             pool.free[buffer] = false;
+            pool.turn = let_go;
             pool.next.1 += 1;
             if pool.next.1 == pool.claimants.len() {
                 pool.next = (pool.next.0 + 1, 0);
@@ -343,22 +391,38 @@ impl Scheduler {
     }
 
     fn in_window(&self, task: TaskRef) -> bool {
+        let [stages, updates] = self.must_have_moved(task);
+        stages <= self.cursor
+            && updates <= self.updated
+            && self
+                .gate(task)
+                .is_none_or(|norm| self.status(norm) == Status::Done)
+    }
+
+    /// How many stages and updates from disk must be done before a task is in its window.
+    fn must_have_moved(&self, task: TaskRef) -> [u64; 2] {
         let ahead = u64::from(self.plan.lookahead);
         let stages = self.plan.stages().len() as u64;
         let stage = |id: StageId| task.step * stages + u64::from(id.0);
         match self.plan.task(task.id).window {
-            Window::Open => true,
-            Window::Norm => self.plan.norm.is_none_or(|id| {
-                let step = task.step;
-                self.status(TaskRef { step, id }) == Status::Done
-            }),
-            Window::Fetch(id) => stage(id) <= self.cursor + ahead,
-            Window::Read(id) => stage(id) <= self.cursor + ahead + ahead.min(1),
+            Window::Open | Window::Norm => [0, 0],
+            Window::Fetch(id) => [stage(id).saturating_sub(ahead), 0],
+            Window::Read(id) => [stage(id).saturating_sub(ahead + ahead.min(1)), 0],
             Window::Update(n) => {
                 let update = task.step * u64::from(self.plan.staged_updates) + u64::from(n);
-                update <= self.updated + ahead
+                [0, update.saturating_sub(ahead)]
             }
         }
+    }
+
+    /// The norm that must be known before a task is in its window.
+    fn gate(&self, task: TaskRef) -> Option<TaskRef> {
+        let step = task.step;
+        let gated = self.plan.task(task.id).window == Window::Norm;
+        self.plan
+            .norm
+            .filter(|_| gated)
+            .map(|id| TaskRef { step, id })
     }
 
     /// Whether it is the turn of all of a task's claims, and buffers are there.

@@ -248,6 +248,11 @@ impl WorkQueue {
         })
     }
 
+    /// The thread.
+    pub(crate) fn thread(&self) -> Option<&JoinHandle<()>> {
+        self.thread.as_ref()
+    }
+
     /// The position of the newest task.
     pub(crate) fn newest(&self) -> Seq {
         self.pushed

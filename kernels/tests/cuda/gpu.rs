@@ -6,10 +6,13 @@ use forebay_kernels::cuda::{Element, Kernels, check, probe, sys};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::held::Held;
+
+/// The order of fields is that of their end: the context goes last.
 pub(crate) struct Gpu {
     pub(crate) kernels: Kernels,
-    device: sys::CUdevice,
     pub(crate) fault: Buffer,
+    _held: Held,
 }
 
 /// Device memory of a test.
@@ -189,19 +192,13 @@ pub(crate) fn on_a_gpu(test: impl Fn(&mut Trial<'_>)) {
         eprintln!("skipped: {error}");
         return;
     }
-    let (mut device, mut context) = (0, std::ptr::null_mut());
-    unsafe {
-        check("cuDeviceGet", sys::cuDeviceGet(&raw mut device, 0)).unwrap();
-        let kept = sys::cuDevicePrimaryCtxRetain(&raw mut context, device);
-        check("cuDevicePrimaryCtxRetain", kept).unwrap();
-        check("cuCtxSetCurrent", sys::cuCtxSetCurrent(context)).unwrap();
-    }
+    let held = Held::new();
     let fault = Buffer::of(&[0u32; 4]);
-    let kernels = Kernels::new(device, fault.address).unwrap();
+    let kernels = Kernels::new(held.0, fault.address).unwrap();
     let gpu = Gpu {
         kernels,
-        device,
         fault,
+        _held: held,
     };
     let seed = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
     for element in [Element::F32, Element::Bf16] {
@@ -217,7 +214,4 @@ pub(crate) fn on_a_gpu(test: impl Fn(&mut Trial<'_>)) {
         });
     }
     assert_eq!(gpu.fault.get::<u32>()[0], 0, "no input was bad");
-    let device = gpu.device;
-    drop(gpu);
-    unsafe { sys::cuDevicePrimaryCtxRelease_v2(device) };
 }

@@ -8,6 +8,7 @@
 
 mod attention;
 mod gpu;
+mod held;
 mod optimizers;
 
 use forebay_kernels::cpu::{self, AdamW, Exchange, Isa, NormIn, States, ops as host};

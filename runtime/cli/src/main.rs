@@ -4,6 +4,7 @@ mod bench;
 mod doctor;
 mod inspect;
 mod snapshot;
+mod trace;
 
 use std::process::ExitCode;
 
@@ -18,6 +19,7 @@ enum Command {
     Doctor(doctor::Doctor),
     Inspect(inspect::Inspect),
     Snapshot(snapshot::Snapshot),
+    Trace(trace::Trace),
 }
 
 fn main() -> ExitCode {
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
         Command::Doctor(doctor) => doctor.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Snapshot(snapshot) => snapshot.run(),
+        Command::Trace(trace) => trace.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

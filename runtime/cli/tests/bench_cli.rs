@@ -123,6 +123,42 @@ fn adamw_beside_a_bare_pass_over_its_memory() {
 }
 
 #[test]
+fn adamw_on_bound_threads_beside_free_ones() {
+    for bind in ["on", "both", "off"] {
+        let words = [
+            "adam",
+            "--json",
+            "--rounds",
+            "3",
+            "--millions",
+            "1",
+            "--threads",
+            "1",
+        ];
+        let found = json(&[&words[..], &["--bind", bind]].concat());
+        let outcome = &found["outcomes"][0];
+        plausible(outcome);
+        let binding = found["binding"].as_str().unwrap();
+        assert_eq!(
+            binding.starts_with("bound to CPUs "),
+            bind != "off",
+            "{binding}"
+        );
+        assert_eq!(
+            outcome["bound_to_free"].is_array(),
+            bind == "both",
+            "{outcome}"
+        );
+    }
+    let wrong = bench(&["adam", "--bind", "maybe"]);
+    let error = String::from_utf8_lossy(&wrong.stderr);
+    assert!(
+        !wrong.status.success() && error.contains("off, on or both"),
+        "{error}"
+    );
+}
+
+#[test]
 fn updates_with_a_log_beside_the_same_pass() {
     let words = [
         "adam",

@@ -4,8 +4,8 @@
 use std::time::Instant;
 
 use forebay_kernels::cpu::{
-    AdamW, Exchange, Isa, Kept, States, Workers, adam_traffic, adamw_ahead, adamw_parallel,
-    log_bytes,
+    AdamW, Binding, Cores, Exchange, Isa, Kept, States, Workers, adam_traffic, adamw_ahead,
+    adamw_parallel, bind_this_thread, log_bytes,
 };
 use forebay_pinned::Arena;
 
@@ -28,10 +28,37 @@ pub struct Plan {
     pub sizes: Vec<u64>,
     /// Threads.
     pub threads: usize,
+    /// Whether they are bound to a CPU each.
+    pub bind: Bind,
     /// Rounds of each size: three slices of at least 50 ms.
     pub rounds: u32,
     /// Whether ours logs what it overwrites, as ahead of the norm.
     pub ahead: bool,
+}
+
+/// Whether threads are bound to a CPU each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bind {
+    /// Neither ours nor those of the bare pass.
+    #[default]
+    Off,
+    /// Ours and those of the bare pass.
+    On,
+    /// As with `Off`, and ours bound beside ours free.
+    Both,
+}
+
+impl std::str::FromStr for Bind {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            "on" => Ok(Self::On),
+            "both" => Ok(Self::Both),
+            _ => Err(format!("'{text}': use off, on or both")),
+        }
+    }
 }
 
 /// What was found for one size.
@@ -43,6 +70,8 @@ pub struct Outcome {
     pub streams: bool,
     /// Ours beside the ceiling; bytes at [`BYTES`] a parameter.
     pub duel: Duel,
+    /// With [`Bind::Both`]: ours on bound threads (`ours`) beside ours on free ones (`bare`).
+    pub bound: Option<Duel>,
 }
 
 /// Everything found.
@@ -52,6 +81,8 @@ pub struct Report {
     pub isa: String,
     /// Threads.
     pub threads: usize,
+    /// Where they run, or the second pool's where there are two.
+    pub binding: String,
     /// Whether the memory is page-locked, and in huge pages where they can be had.
     pub memory: String,
     /// By size.
@@ -66,7 +97,12 @@ pub struct Report {
 /// Memory or threads refused.
 pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let threads = plan.threads.max(1);
-    let workers = Workers::new(threads, "fb-adam").map_err(Error::system("starting threads"))?;
+    let pool = Pool::new(threads, plan.bind == Bind::On)?;
+    let bound = match plan.bind {
+        Bind::Both => Some(Pool::new(threads, true)?),
+        Bind::Off | Bind::On => None,
+    };
+    let cpus = cpus(threads, plan.bind == Bind::On);
     let free = machine::free_memory() / 2;
     let log = |size: u64| match plan.ahead {
         true => log_bytes(size as usize) as u64,
@@ -79,6 +115,7 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report {
         isa: format!("{:?}", Isa::best()),
         threads,
+        binding: bound.as_ref().unwrap_or(&pool).binding.to_string(),
         memory: String::new(),
         outcomes: Vec::new(),
         left_out,
@@ -90,7 +127,7 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
         let mut memory = Memory::new(&arena, size)?;
         let mut log = arena.lease(log(size))?;
         log.fill(0);
-        let mut bare = |streams| measure(size, |n| memory.bare(threads, streams, n));
+        let mut bare = |streams| measure(size, |n| memory.bare(threads, &cpus, streams, n));
         // Whichever way of writing is faster here is the ceiling.
         let rates = [false, true].map(|streams| {
             let rate = |_| bare(streams).rate();
@@ -102,22 +139,73 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result<Report> {
             plan.rounds,
             &mut || {
                 Ok(measure(size, |n| {
-                    memory.borrow_mut().bare(threads, streams, n)
+                    memory.borrow_mut().bare(threads, &cpus, streams, n)
                 }))
             },
-            &mut || {
-                Ok(measure(size, |n| {
-                    memory.borrow_mut().ours(&workers, &mut log, n);
-                }))
-            },
+            &mut || Ok(pool.slice(&mut memory.borrow_mut(), &mut log, size)),
         )?;
+        let (memory, log) = (&memory, std::cell::RefCell::new(log));
+        let slice = |pool: &Pool| {
+            let (mut memory, mut log) = (memory.borrow_mut(), log.borrow_mut());
+            Ok(pool.slice(&mut memory, &mut log, size))
+        };
+        let beside = |bound| self::duel(plan.rounds, &mut || slice(&pool), &mut || slice(bound));
+        let bound = bound.as_ref().map(beside).transpose()?;
         report.outcomes.push(Outcome {
             size,
             streams,
             duel,
+            bound,
         });
     }
     Ok(report)
+}
+
+/// The CPUs for so many bound threads; none where they are not to be bound, or cannot be.
+pub(super) fn cpus(threads: usize, bind: bool) -> Vec<usize> {
+    let allowed = Cores::allowed().ok().filter(|_| bind);
+    let enough = allowed.filter(|cores| cores.cpus().len() >= threads);
+    enough.map_or_else(Vec::new, |cores| cores.cpus()[..threads].to_vec())
+}
+
+/// Worker threads, bound or free.
+struct Pool {
+    workers: Workers,
+    binding: Binding,
+}
+
+impl Pool {
+    fn new(threads: usize, bind: bool) -> Result<Self> {
+        let refused = Error::system("starting threads");
+        let workers = Workers::new(threads, "fb-adam").map_err(refused)?;
+        let binding = match bind {
+            // On a thread that goes: the caller's own stays free.
+            true => std::thread::scope(|scope| {
+                let bound = scope.spawn(|| workers.bind(None)).join();
+                bound.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            }),
+            false => Binding::Free,
+        };
+        Ok(Self { workers, binding })
+    }
+
+    /// Called from a thread that is bound as the others are.
+    fn slice(&self, memory: &mut Memory, log: &mut [u8], size: u64) -> Slice {
+        let mut work = || measure(size, |n| memory.ours(&self.workers, log, n));
+        let Binding::Bound(cpus) = &self.binding else {
+            return work();
+        };
+        std::thread::scope(|scope| {
+            let slice = scope.spawn(|| {
+                // It could be when the others were.
+                let _ = bind_this_thread(cpus[0]);
+                work()
+            });
+            slice
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
 }
 
 /// As many passes as a slice takes.
@@ -188,8 +276,8 @@ impl Memory {
         }
     }
 
-    /// The same memory by threads of their own, each with a run of it.
-    pub(super) fn bare(&mut self, threads: usize, streams: bool, passes: u32) {
+    /// The same memory by threads of their own, each with a run of it, bound to these CPUs if there are any.
+    pub(super) fn bare(&mut self, threads: usize, cpus: &[usize], streams: bool, passes: u32) {
         let [p, m, v] = self
             .states
             .each_mut()
@@ -202,10 +290,12 @@ impl Memory {
                 .chunks_mut(share)
                 .zip(m.chunks_mut(share))
                 .zip(v.chunks_mut(share));
-            for (((p, m), v), (grad, param)) in
-                parts.zip(grad.chunks(share).zip(param.chunks_mut(share)))
-            {
+            let each = parts.zip(grad.chunks(share).zip(param.chunks_mut(share)));
+            for (index, (((p, m), v), (grad, param))) in each.enumerate() {
                 scope.spawn(move || {
+                    if let Some(cpu) = cpus.get(index) {
+                        let _ = bind_this_thread(*cpu);
+                    }
                     for _ in 0..passes {
                         let states = States {
                             master: &mut *p,
@@ -229,10 +319,17 @@ mod tests {
         let plan = Plan {
             sizes: vec![100_000, u64::MAX / 64],
             threads: 2,
+            bind: Bind::Both,
             rounds: 3,
             ahead: false,
         };
+        let before = Cores::allowed().unwrap();
         let report = run(&plan, &mut |_| {}).unwrap();
+        assert_eq!(Cores::allowed().unwrap(), before, "this thread stays free");
+        let bound = report.outcomes[0].bound.as_ref().unwrap();
+        assert!(bound.ours_bytes_per_s > 1e8, "{bound:?}");
+        let enough = before.cpus().len() >= 2;
+        assert_eq!(report.binding.starts_with("bound to CPUs "), enough);
         assert_eq!((report.outcomes.len(), report.left_out.len()), (1, 1));
         let duel = &report.outcomes[0].duel;
         assert!(

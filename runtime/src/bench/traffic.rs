@@ -8,7 +8,7 @@ use std::time::Instant;
 use forebay_kernels::cuda::{CudaError, check, sys};
 use forebay_pinned::Arena;
 
-use super::adam::{Memory, ROOM};
+use super::adam::{Memory, ROOM, cpus};
 use super::gpu::{BareStream, COPIES, DeviceMemory, Gpu, HostMemory, failed};
 use crate::error::Result;
 use crate::machine;
@@ -22,6 +22,8 @@ pub struct Plan {
     pub device: DeviceChoice,
     /// The optimizer's threads.
     pub threads: usize,
+    /// Whether they are bound to a CPU each.
+    pub bind: bool,
     /// Parameters that the CPU updates.
     pub elements: u64,
     /// Bytes copied to the device.
@@ -65,9 +67,10 @@ pub fn run(plan: &Plan) -> Result<Report> {
     let scale = plan.elements as f64 / (elements * passes) as f64;
     let arena = Arena::new(ROOM * elements + 5 * 4096)?;
     let memory = RefCell::new(Memory::new(&arena, elements)?);
+    let cpus = cpus(threads, plan.bind);
     let adam = |streams| {
         let passes = u32::try_from(passes).unwrap_or(u32::MAX);
-        memory.borrow_mut().bare(threads, streams, passes);
+        memory.borrow_mut().bare(threads, &cpus, streams, passes);
     };
     let link = match plan.device.target(threads)? {
         Target::Cuda => Link::Gpu(Gpus::new().map_err(failed(COPIES))?),
@@ -220,6 +223,7 @@ mod tests {
         let plan = Plan {
             device: DeviceChoice::Host,
             threads: 1,
+            bind: true,
             elements: 3_000_000,
             h2d_bytes: 40 << 20,
             d2h_bytes: 20 << 20,

@@ -223,7 +223,7 @@ impl Engine {
                 kept,
                 done: false,
             });
-            let seq = self.queue_update(section, Work::Ahead, place, scalars, left);
+            let seq = self.queue_update(task, section, Work::Ahead, place, scalars, left);
             self.fly(task, Sign::Cpu(seq));
         }
         any
@@ -257,8 +257,8 @@ impl Engine {
                 Work::Again(before)
             };
             let scalars = self.step_scalars(task.step);
-            let seq = self.queue_update(section, work, place, scalars, None);
-            if let Some(trace) = self.tracing() {
+            let seq = self.queue_update(task, section, work, place, scalars, None);
+            if let Some((trace, _)) = self.tracing() {
                 trace.on_cpu(seq, task);
             }
             last = Some(seq);

@@ -161,14 +161,14 @@ impl Engine {
                 break task;
             }
             if !moved {
-                if let Some(trace) = self.tracing() {
-                    trace.waiting();
+                if let Some((trace, scheduler)) = self.tracing() {
+                    trace.waiting(scheduler);
                 }
                 self.nap();
             }
         };
-        if let Some(trace) = self.tracing() {
-            trace.entered(task);
+        if let Some((trace, scheduler)) = self.tracing() {
+            trace.entered(scheduler, task);
         }
         self.order(Stream::Compute, task);
         self.stage = Some((stage, task));
@@ -283,6 +283,7 @@ impl Engine {
 
     fn finish_pass(&mut self, ending: Ending) -> Result<Finished> {
         self.walking = false;
+        let step = self.stage.map_or(0, |(_, task)| task.step);
         if let Some((_, task)) = self.stage.take().filter(|_| self.pass == Pass::Train) {
             self.open.of_mut(task.step).ending = Some(ending);
         }
@@ -292,7 +293,13 @@ impl Engine {
         let loss = match self.loss.take() {
             None => None,
             Some(event) => {
+                if let Some((trace, scheduler)) = self.tracing() {
+                    trace.waiting(scheduler);
+                }
                 self.wait_for(event)?;
+                if let Some((trace, _)) = self.tracing() {
+                    trace.has_loss(step);
+                }
                 let bytes = self.places.small.first_chunk::<4>();
                 bytes.map(|b| f32::from_le_bytes(*b))
             }

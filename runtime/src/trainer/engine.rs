@@ -356,7 +356,7 @@ impl Engine {
             .moving
             .swap_remove(index.expect("every transfer was noted"));
         self.places.return_slab(place, done.slab);
-        if let Some(trace) = self.tracing() {
+        if let Some((trace, _)) = self.tracing() {
             trace.transfer_ends(task);
         }
         done.result?;
@@ -440,7 +440,8 @@ impl Engine {
     /// Takes note of a task that is under way, and by what its end is known.
     pub(super) fn fly(&mut self, task: TaskRef, sign: Sign) {
         self.flying.push((task, sign));
-        if let Some(trace) = self.tracing() {
+        if let Some((trace, scheduler)) = self.tracing() {
+            trace.started(scheduler, task);
             match sign {
                 Sign::Device(event) => trace.on_device(event, task),
                 Sign::Cpu(seq) => trace.on_cpu(seq, task),
@@ -448,15 +449,18 @@ impl Engine {
         }
     }
 
-    /// The trace, if one is written and this is a training step.
-    pub(super) fn tracing(&mut self) -> Option<&mut Trace> {
-        self.trace.as_mut().filter(|_| self.pass == Pass::Train)
+    /// The trace, if one is written and this is a training step, and who knows what waited for what.
+    pub(super) fn tracing(&mut self) -> Option<(&mut Trace, &Scheduler)> {
+        let scheduler = &self.schedulers[self.pass as usize];
+        let trace = self.trace.as_mut().filter(|_| self.pass == Pass::Train);
+        trace.map(|trace| (trace, scheduler))
     }
 
     /// Writes what the trace has waited for.
     pub(super) fn collect_trace(&mut self) {
         if let Some(trace) = &mut self.trace {
-            trace.collect(&mut *self.device, self.lane.worked());
+            let shifts = self.updater.shifts.as_ref();
+            trace.collect(&mut *self.device, self.lane.worked(), shifts);
         }
     }
 

@@ -30,7 +30,7 @@ pub use weights::{RandomInit, Weights};
 
 use std::sync::Arc;
 
-use forebay_kernels::cpu::{Isa, Workers};
+use forebay_kernels::cpu::{Binding, Isa, Workers};
 use forebay_nvme::{Copies, Item, Layout, Shape, StateKind, Store};
 use forebay_pinned::{Arena, Lock};
 use forebay_prefetch as order;
@@ -47,7 +47,7 @@ use ahead::RunAhead;
 use engine::{Engine, Parts, Pass as Walk, key};
 use places::Places;
 use scratch::Scratch;
-use trace::Trace;
+use trace::{Shifts, Trace};
 use update::Updater;
 
 /// Updates of the optimizer's lane that may wait.
@@ -149,7 +149,7 @@ impl Trainer {
         // Before anything is made that would be left behind.
         let trace = options.trace.as_deref();
         let trace = trace
-            .map(|path| Trace::new(path, &model, &train))
+            .map(|path| Trace::new(path, &model, &train, options.threads))
             .transpose()?;
         let (store_layout, store_options) = disk(&model, &order_model, &placement, options);
         let notifier = Arc::new(Notifier::default());
@@ -174,6 +174,12 @@ impl Trainer {
         let depth = LANE_DEPTH + placement.undo_buffers() as usize;
         let lane = WorkQueue::new("fb-optimizer", depth, Arc::clone(&notifier))
             .map_err(Error::system("starting the optimizer's lane"))?;
+        let shifts = trace.as_ref().map(|_| Shifts::new(&workers, &train));
+        let binding = if options.bind_threads {
+            workers.bind(lane.thread())
+        } else {
+            Binding::Free
+        };
         let scratch = Scratch::new(places.scratch);
         let lock = arena.lock().clone();
         let cost = PublishCost {
@@ -194,6 +200,8 @@ impl Trainer {
             model: Arc::clone(&model),
             updater: Updater {
                 workers,
+                binding,
+                shifts,
                 isa: Isa::best(),
                 optimizer: options.optimizer,
                 format: options.format(),

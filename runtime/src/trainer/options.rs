@@ -100,6 +100,11 @@ pub struct Options {
     pub lookahead: u32,
     /// Threads of the host device and of the CPU optimizer, each. Results do not depend on it.
     pub threads: usize,
+    /// Binds the CPU optimizer's threads to a CPU each: one a physical core first, among those that the process
+    /// may use. Off by default: another process (or trainer) that does so too would take the same ones, and
+    /// what works beside the optimizer (the host device, the disk's thread, a user's own) is driven off its CPU
+    /// where it could have moved on. Where the system refuses, [`Report::threads`](crate::Report) says so.
+    pub bind_threads: bool,
     /// The optimizer. Its learning rate is given anew at each step.
     pub optimizer: Optimizer,
     /// The type of the optimizer's moments. In bf16 they take half the bytes, and results are others.
@@ -169,6 +174,7 @@ impl Options {
             placement: Policy::Auto,
             lookahead: 2,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
+            bind_threads: false,
             optimizer: Optimizer::AdamW(AdamW {
                 lr: 1e-3,
                 beta1: 0.9,

@@ -171,20 +171,20 @@ impl Places {
 
     /// Where the pieces of a section's sum of squares go.
     pub(super) fn sums_target(&self, section: SectionId) -> *mut u8 {
-        let offset = section.0 as usize * self.sums_bytes;
-        assert!(
-            offset + self.sums_bytes <= self.sums.len(),
-            "a section of the model"
-        );
-        // By its address: others are being written meanwhile.
-        self.sums.address().wrapping_add(offset)
+        // One a section, as many as there are parameters.
+        let index = section.0 as usize;
+        assert!(index < self.param.len(), "a section of the model");
+        // By its address: no slice may stand over what the device writes, and it may write others' meanwhile.
+        self.sums.address().wrapping_add(index * self.sums_bytes)
     }
 
-    /// The pieces that came, added in order.
+    /// The pieces that came, added in order; for a section whose sum's event has come.
     pub(super) fn sum(&self, section: SectionId) -> f64 {
-        let offset = section.0 as usize * self.sums_bytes;
-        let pieces: &[f64] = bytemuck::cast_slice(&self.sums[offset..][..SQUARE_SUMS]);
-        pieces.iter().sum()
+        let pieces = self.sums_target(section).cast::<f64>();
+        (0..SQUARE_SUMS / size_of::<f64>())
+            // SAFETY: inside the slab, which begins at a page. Volatile: the device wrote it.
+            .map(|index| unsafe { pieces.add(index).read_volatile() })
+            .sum()
     }
 
     pub(super) fn act(&self, stage: StageId) -> &Slab {

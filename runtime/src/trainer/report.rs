@@ -182,6 +182,8 @@ pub struct Report {
     pub disk: String,
     /// Whether pinned memory is page-locked, and what to do if not.
     pub lock: String,
+    /// The CPU optimizer's threads, and whether they are bound to CPUs.
+    pub threads: String,
     /// Device, pinned memory, disk.
     pub tiers: [TierReport; 3],
     /// Host to device, device to host, disk reads, disk writes.
@@ -245,6 +247,11 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         device: engine.device.name(),
         disk: engine.store.describe().to_owned(),
         lock: trainer.lock.to_string(),
+        threads: {
+            let updater = &engine.updater;
+            let (threads, binding) = (updater.workers.threads(), &updater.binding);
+            format!("{threads}, {binding}")
+        },
         tiers: [
             tier(
                 "device",

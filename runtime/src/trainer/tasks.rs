@@ -74,7 +74,8 @@ impl Engine {
     }
 
     fn trace_transfer(&mut self, task: TaskRef) {
-        if let Some(trace) = self.tracing() {
+        if let Some((trace, scheduler)) = self.tracing() {
+            trace.started(scheduler, task);
             trace.transfer_starts(task);
         }
     }
@@ -155,7 +156,7 @@ impl Engine {
     pub(super) fn update(&mut self, task: TaskRef, spec: &Task, section: SectionId, part: u32) {
         let place = self.part_place(task, spec, section, part);
         let scalars = self.update_scalars(task);
-        let seq = self.queue_update(section, Work::Update, place, scalars, None);
+        let seq = self.queue_update(task, section, Work::Update, place, scalars, None);
         self.fly(task, Sign::Cpu(seq));
     }
 
@@ -192,6 +193,7 @@ impl Engine {
     /// Hands the optimizer's work on a part to its lane. `left` is told what an update ahead left.
     pub(super) fn queue_update(
         &mut self,
+        task: TaskRef,
         section: SectionId,
         work: Work,
         place: PartPlace,
@@ -206,6 +208,9 @@ impl Engine {
             // SAFETY: states, gradient, parameters and what is kept belong to this update until it is
             // done: the scheduler starts nothing that reads the parameters, or writes any of them, before.
             let done = unsafe { update::work(&updater, work, &scalars, &runs, place) };
+            if let Some(shifts) = &updater.shifts {
+                shifts.note(&updater.workers, task);
+            }
             if let Some(rest) = done {
                 clock.add(work, place.elements, start.elapsed());
                 if let Some(left) = left {

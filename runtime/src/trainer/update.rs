@@ -8,10 +8,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_kernels::cpu::{
-    self, Exchange, Isa, Kept, Optimizer, Scalars, StateFormat, Stored, Workers, f32_to_bf16,
-    update_ahead, update_rest, update_undo,
+    self, Binding, Exchange, Isa, Kept, Optimizer, Scalars, StateFormat, Stored, Workers,
+    f32_to_bf16, update_ahead, update_rest, update_undo,
 };
 
+use super::trace::Shifts;
 use crate::model::{Model, Section};
 use crate::tensor::DType;
 
@@ -52,6 +53,9 @@ pub(super) fn runs(section: &Section, optimizer: &Optimizer) -> Arc<[Run]> {
 #[derive(Debug)]
 pub(super) struct Updater {
     pub(super) workers: Workers,
+    pub(super) binding: Binding,
+    /// What each worker does, while a trace is written.
+    pub(super) shifts: Option<Shifts>,
     pub(super) isa: Isa,
     pub(super) optimizer: Optimizer,
     pub(super) format: StateFormat,

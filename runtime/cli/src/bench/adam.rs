@@ -1,6 +1,6 @@
 //! `forebay bench adam`: the CPU's AdamW beside its memory.
 
-use forebay::bench::adam::{BYTES, Outcome, Plan, Report, run};
+use forebay::bench::adam::{BYTES, Bind, Outcome, Plan, Report, run};
 use serde_json::json;
 
 use super::{array, interval, with_progress};
@@ -14,6 +14,10 @@ pub(crate) struct Adam {
     /// Threads [default: one a core]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// Bind the threads to a CPU each: off, on (those of the bare pass too), or both: free as with off, and then
+    /// ours bound beside ours free
+    #[arg(long, default_value = "off")]
+    bind: Bind,
     /// Rounds of each size: three slices of at least 50 ms
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(3..=10_000))]
     rounds: u32,
@@ -35,6 +39,7 @@ impl Adam {
         let plan = Plan {
             sizes: self.millions.iter().map(|m| m * 1_000_000).collect(),
             threads: self.threads.map_or_else(cores, |threads| threads as usize),
+            bind: self.bind,
             rounds: self.rounds,
             ahead: self.ahead,
         };
@@ -55,9 +60,13 @@ fn parameters(bytes_per_s: f64) -> f64 {
 
 fn table(report: &Report, rounds: u32) {
     let (isa, threads) = (&report.isa, report.threads);
+    let beside = match report.outcomes.iter().any(|o| o.bound.is_some()) {
+        true => "free beside ",
+        false => "",
+    };
     println!(
-        "{isa}, {threads} threads; {rounds} rounds; memory: {}",
-        report.memory
+        "{isa}, {threads} threads, {beside}{}; {rounds} rounds; memory: {}",
+        report.binding, report.memory
     );
     println!(
         "{:>12} {:>16} {:>16}  {:<24} {:<24} {:>12}",
@@ -72,6 +81,7 @@ fn table(report: &Report, rounds: u32) {
         size,
         streams,
         duel,
+        bound,
     } in &report.outcomes
     {
         println!(
@@ -87,6 +97,16 @@ fn table(report: &Report, rounds: u32) {
                 ""
             }
         );
+        if let Some(bound) = bound {
+            println!(
+                "{:>12} {:>16.3} {:>16.3}  {:<24} {:<24}",
+                "free, bound",
+                parameters(bound.bare_bytes_per_s),
+                parameters(bound.ours_bytes_per_s),
+                interval(&bound.ratio),
+                interval(&bound.control),
+            );
+        }
     }
     for size in &report.left_out {
         println!("{size:>12} does not fit into half of the free memory");
@@ -104,11 +124,14 @@ fn object(report: &Report) -> serde_json::Value {
             "ratio": array(&o.duel.ratio),
             "control": array(&o.duel.control),
             "bare_past_caches": o.streams,
+            "bound_to_free": o.bound.as_ref().map(|bound| array(&bound.ratio)),
+            "free_to_free": o.bound.as_ref().map(|bound| array(&bound.control)),
         })
     };
     json!({
         "isa": report.isa,
         "threads": report.threads,
+        "binding": report.binding,
         "memory": report.memory,
         "outcomes": report.outcomes.iter().map(outcome).collect::<Vec<_>>(),
         "left_out": report.left_out,

@@ -60,6 +60,9 @@ pub(crate) struct Step {
     /// Threads of the optimizer and of the host device [default: one a core]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// Bind the optimizer's threads to a CPU each, and those of the bare pass over its states
+    #[arg(long)]
+    bind_threads: bool,
     /// Leave the resident step out, where it takes too long or too much
     #[arg(long)]
     skip_resident: bool,
@@ -161,6 +164,7 @@ impl Step {
         let plan = |report: &Report| traffic::Plan {
             device: self.device,
             threads: options.threads,
+            bind: options.bind_threads,
             elements: report.traffic.updated_by_cpu,
             h2d_bytes: report.traffic.h2d,
             d2h_bytes: report.traffic.d2h,
@@ -212,6 +216,7 @@ impl Step {
         if let Some(threads) = self.threads {
             options.threads = threads as usize;
         }
+        options.bind_threads = self.bind_threads;
         options.publish = Publish::Never;
         options.trace.clone_from(&self.trace);
         options
@@ -359,6 +364,7 @@ impl Step {
             )
         });
         line("  forward and backward", ours.alone_s, against);
+        println!("the optimizer's threads: {}", ours.report.threads);
         let [device, pinned, _] = &ours.report.tiers;
         println!(
             "peaks: device {} of {}, pinned {} of {}",
@@ -408,6 +414,7 @@ fn object(found: &Found) -> serde_json::Value {
     json!({
         "updates": found.ours.report.updates.to_string(),
         "device": found.ours.report.device,
+        "threads": found.ours.report.threads,
         "parameters": found.parameters,
         "tokens": found.tokens,
         "resident": found.resident.as_ref().map(reached),
