@@ -91,6 +91,7 @@ impl Printer {
             Bytes(pinned.budget_bytes),
             report.lock
         );
+        println!("the device keeps {}", report.keeps);
         println!(
             "disk: {} in {}, {}; placement {:?}, look-ahead {}",
             Bytes(report.tiers[2].peak_bytes),
@@ -169,6 +170,7 @@ impl Printer {
                 "steps": s.steps_done,
                 "device_budget_bytes": tiers[0].budget_bytes,
                 "device_peak_bytes": tiers[0].peak_bytes,
+                "device_keeps": s.report.keeps.to_string(),
                 "pinned_budget_bytes": tiers[1].budget_bytes,
                 "pinned_peak_bytes": tiers[1].peak_bytes,
                 "resident_peak_bytes": forebay::machine::peak_resident(),

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use forebay::{
-    AdamW, Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
-    requirements,
+    AdamW, Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Target,
+    Trainer, requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
 use rand::SeedableRng;
@@ -66,8 +66,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .context("--micro-batches")?;
     let mut options = options(args, &recipe, &disk)?;
     let footprint = decoder.footprint(options.target()?)?;
-    choose_budgets(&decoder, footprint, args, &mut options)?;
     let ceilings = Ceilings::measure(&options, decoder.model().dtype())?;
+    if target == Target::Cuda && options.placement == Policy::Auto {
+        options.rates = Some(ceilings.rates(&options, decoder.model())?);
+    }
+    choose_budgets(&decoder, footprint, args, &mut options)?;
     let model = decoder.model().clone();
     let mut trainer = if args.resume {
         Trainer::resume(model, footprint, &options)?

@@ -8,6 +8,7 @@ mod norm;
 mod on_device;
 mod options;
 mod places;
+mod rates;
 mod report;
 mod scratch;
 mod states;
@@ -22,6 +23,7 @@ pub use dry::{Footprint, Pass, footprint};
 pub use options::{
     AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target,
 };
+pub use rates::DeviceKeeps;
 pub use report::{AheadReport, Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
 pub use weights::{RandomInit, Weights};
@@ -125,7 +127,14 @@ impl Trainer {
         model.validate()?;
         let order_model = model.order();
         let budgets = budgets(options)?;
-        let placement = place(&model, &order_model, footprint, options, budgets)?;
+        let placed = |options: &Options| place(&model, &order_model, footprint, options, budgets);
+        let mut placement = placed(options)?;
+        if let Some(rates) = rates::wanted(options, target, &model, &placement) {
+            placement = placed(&Options {
+                rates: Some(rates),
+                ..options.clone()
+            })?;
+        }
         let train = Arc::new(Plan::training(&order_model, &placement)?);
         let model = Arc::new(model);
         // Before anything is made that would be left behind.
@@ -382,6 +391,7 @@ fn place(
         pinned_fixed_bytes: places::fixed_bytes(footprint, model.sections.len()),
         undo_log_bytes,
         undo_grad_bytes,
+        rates: options.rates,
     };
     Ok(order::place(order_model, budgets, &place_options)?)
 }

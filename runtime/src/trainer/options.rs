@@ -6,6 +6,7 @@ use std::sync::Arc;
 pub use forebay_kernels::cpu::AdamW;
 pub use forebay_nvme::IoChoice;
 use forebay_nvme::medium::Medium;
+use forebay_prefetch::PlaceRates;
 pub use forebay_prefetch::Policy;
 
 use crate::error::Result;
@@ -69,6 +70,11 @@ pub struct Options {
     pub disk: Vec<PathBuf>,
     /// Where states may live.
     pub placement: Policy,
+    /// How fast this machine is ([`Ceilings::rates`](crate::Ceilings::rates)), for [`Policy::Auto`] to choose by what
+    /// the device keeps. `None`: for a GPU and a model of 64 Mi parameters or more that is measured when the
+    /// trainer opens, unless the disk has work; else the device keeps checkpoints first, then parameters, then
+    /// optimizer states.
+    pub rates: Option<PlaceRates>,
     /// Stages by which copies to the device run ahead of compute; reads from disk run one more
     /// ahead. 0 turns overlap off.
     pub lookahead: u32,
@@ -116,6 +122,7 @@ impl Options {
             pinned_budget: None,
             disk: disk.into_iter().collect(),
             placement: Policy::Auto,
+            rates: None,
             lookahead: 2,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             optimizer: AdamW {

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use forebay::bench::traffic;
 use forebay::{
-    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Options, Policy, Publish,
-    RandomInit, Report, Result, Target, Trainer, requirements,
+    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Options, PlaceRates, Policy,
+    Publish, RandomInit, Report, Result, Target, Trainer, requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder};
 use serde_json::json;
@@ -152,6 +152,10 @@ impl Step {
             None
         };
         options.device_budget.get_or_insert(takes.device_bytes / 2);
+        if target == Target::Cuda && options.placement == Policy::Auto {
+            progress("rates of this machine");
+            options.rates = Some(rates(&options, &decoder, resident.as_ref())?);
+        }
         let pinned = needs(&options)?.pinned_bytes.min(machine.pinned_bytes);
         options.pinned_budget.get_or_insert(pinned);
         let plan = |report: &Report| traffic::Plan {
@@ -351,6 +355,7 @@ impl Step {
             )
         });
         line("  forward and backward", ours.alone_s, against);
+        println!("the device keeps {}", ours.report.keeps);
         let [device, pinned, _] = &ours.report.tiers;
         println!(
             "peaks: device {} of {}, pinned {} of {}",
@@ -379,6 +384,7 @@ fn object(found: &Found) -> serde_json::Value {
         json!({
             "step_s": reached.step_s,
             "forward_backward_s": reached.alone_s,
+            "device_keeps": reached.report.keeps.to_string(),
             "device_peak_bytes": device.peak_bytes,
             "pinned_peak_bytes": pinned.peak_bytes,
             "ahead_steps": reached.report.ahead.steps,
@@ -407,6 +413,20 @@ fn object(found: &Found) -> serde_json::Value {
         "bound_by": bound_by,
         "offloaded": reached(&found.ours),
     })
+}
+
+/// What the placement of the offloaded step is chosen by; of the GPU itself, what the resident step took.
+fn rates(options: &Options, decoder: &Decoder, resident: Option<&Reached>) -> Result<PlaceRates> {
+    let model = decoder.model();
+    let mut rates = Ceilings::measure(options, model.dtype())?.rates(options, model)?;
+    if let Some(resident) = resident {
+        rates.compute_s = resident.alone_s;
+        let update_s = resident.step_s - resident.alone_s;
+        if update_s > 0.0 {
+            rates.device_update = model.elements() as f64 / update_s;
+        }
+    }
+    Ok(rates)
 }
 
 /// The disk's traffic has no ceiling here.
