@@ -183,8 +183,9 @@ fn what_the_device_keeps_by_measured_rates_changes_no_bit() {
                 assert_eq!(losses, reference, "{part} of 16, {keeps}");
             }
         }
-        // States stay while parameters of layers pass through, where the CPU is slow and nowhere else.
-        assert!(mixed[0] >= 3 && mixed[1] == 0, "{mixed:?}");
+        // Where the CPU is slow, states stay while parameters of layers pass through; else only the embedding's, which
+        // are read in place.
+        assert!(mixed[0] > mixed[1] + 2, "{mixed:?}");
     }
 }
 
