@@ -27,6 +27,9 @@ pub(crate) struct Step {
     /// Pieces in which a layer takes the batch; gradients add up
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     micro_batches: u32,
+    /// Layers for each activation checkpoint; those between are computed again
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    checkpoint_every: u32,
     /// Tokens in a sequence [default: 1024, for the small model 128]
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     seq: Option<u32>,
@@ -239,6 +242,7 @@ impl Step {
         };
         let dtype = self.dtype.unwrap_or(usual);
         Decoder::compute_in(dtype, config, self.batch as usize, self.seq(target))?
+            .with_checkpoints_every(self.checkpoint_every as usize)?
             .in_micro_batches(self.micro_batches as usize)
     }
 
