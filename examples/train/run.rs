@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use forebay::{
-    AdamW, Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Target,
-    Trainer, requirements,
+    AdamW, Ahead, Budgets, Ceilings, Footprint, Options, Policy, Publish, RandomInit, Trainer,
+    requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder, Positions};
 use rand::SeedableRng;
@@ -66,9 +66,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .context("--micro-batches")?;
     let mut options = options(args, &recipe, &disk)?;
     let ceilings = Ceilings::measure(&options, decoder.model().dtype())?;
-    if target == Target::Cuda && options.placement == Policy::Auto {
-        options.rates = Some(ceilings.rates(&options, decoder.model())?);
-    }
+    let footprint = decoder.footprint(target)?;
+    options.rates = ceilings.rates(&options, decoder.model(), footprint)?;
     let (decoder, footprint, options) = fit(decoder, args, &options)?;
     let model = decoder.model().clone();
     let mut trainer = if args.resume {

@@ -164,13 +164,16 @@ fn what_binds_decides_what_the_device_keeps() {
         ..H200
     };
     assert_eq!(with(slow), usual);
-    // With nothing known of the device itself it is a matter of the CPU and the link.
-    let unknown = PlaceRates {
-        compute_s: 0.0,
-        device_update: f64::INFINITY,
-        ..H200
+    // It need not be known exactly, but it must be known.
+    let about = |part| {
+        with(PlaceRates {
+            compute_s: part * H200.compute_s,
+            device_update: f64::INFINITY,
+            ..H200
+        })
     };
-    assert!(with(unknown)[0] > usual[0]);
+    assert!(about(0.7)[0] > usual[0] && about(1.2)[0] > usual[0]);
+    assert_eq!(about(0.0), usual);
 }
 
 #[test]

@@ -28,7 +28,8 @@ pub struct PlaceRates {
     pub disk_write: f64,
     /// Elements per second updated on the device; infinite where that is not known.
     pub device_update: f64,
-    /// Seconds of a step's compute, forward and backward; 0 where that is not known.
+    /// Seconds of a step's compute, forward and backward, to within a third or so; 0 where that is not known, and
+    /// then nothing is chosen: whether updates or copies are hidden by compute is what matters.
     pub compute_s: f64,
 }
 
@@ -94,10 +95,9 @@ pub(super) fn choose(
     rates: &PlaceRates,
     usual: Placement,
 ) -> Placement {
-    if model
-        .sections()
-        .all(|s| usual.grad_home(s) == GradHome::Device)
-    {
+    let trained = |s: &SectionId| model.grad_span(*s).is_some();
+    let here = |s: SectionId| usual.grad_home(s) == GradHome::Device;
+    if rates.compute_s <= 0.0 || model.sections().filter(trained).all(here) {
         return usual;
     }
     let rates = rates.of_stages(model);

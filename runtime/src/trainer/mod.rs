@@ -129,7 +129,7 @@ impl Trainer {
         let budgets = budgets(options)?;
         let placed = |options: &Options| place(&model, &order_model, footprint, options, budgets);
         let mut placement = placed(options)?;
-        if let Some(rates) = rates::wanted(options, target, &model, &placement) {
+        if let Some(rates) = rates::unasked(options, &model, footprint, &placement) {
             placement = placed(&Options {
                 rates: Some(rates),
                 ..options.clone()

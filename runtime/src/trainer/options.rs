@@ -71,9 +71,9 @@ pub struct Options {
     /// Where states may live.
     pub placement: Policy,
     /// How fast this machine is ([`Ceilings::rates`](crate::Ceilings::rates)), for [`Policy::Auto`] to choose by what
-    /// the device keeps. `None`: for a GPU and a model of 64 Mi parameters or more that is measured when the
-    /// trainer opens, unless the disk has work; else the device keeps checkpoints first, then parameters, then
-    /// optimizer states.
+    /// the device keeps. With `None` that is measured when the trainer opens, if there is a GPU, a model of 64 Mi
+    /// parameters or more, and no work for the disk; else the device keeps checkpoints first, then parameters,
+    /// then optimizer states.
     pub rates: Option<PlaceRates>,
     /// Stages by which copies to the device run ahead of compute; reads from disk run one more
     /// ahead. 0 turns overlap off.

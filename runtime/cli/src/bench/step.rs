@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use forebay::bench::traffic;
 use forebay::{
-    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Options, PlaceRates, Policy,
-    Publish, RandomInit, Report, Result, Target, Trainer, requirements,
+    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Footprint, Options, PlaceRates,
+    Policy, Publish, RandomInit, Report, Result, Target, Trainer, requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder};
 use serde_json::json;
@@ -155,10 +155,8 @@ impl Step {
             None
         };
         options.device_budget.get_or_insert(takes.device_bytes / 2);
-        if target == Target::Cuda && options.placement == Policy::Auto {
-            progress("rates of this machine");
-            options.rates = Some(rates(&options, &decoder, resident.as_ref())?);
-        }
+        progress("rates of this machine");
+        options.rates = rates(&options, &decoder, footprint, resident.as_ref())?;
         let pinned = needs(&options)?.pinned_bytes.min(machine.pinned_bytes);
         options.pinned_budget.get_or_insert(pinned);
         let plan = |report: &Report| traffic::Plan {
@@ -420,10 +418,15 @@ fn object(found: &Found) -> serde_json::Value {
 }
 
 /// What the placement of the offloaded step is chosen by; of the GPU itself, what the resident step took.
-fn rates(options: &Options, decoder: &Decoder, resident: Option<&Reached>) -> Result<PlaceRates> {
+fn rates(
+    options: &Options,
+    decoder: &Decoder,
+    footprint: Footprint,
+    resident: Option<&Reached>,
+) -> Result<Option<PlaceRates>> {
     let model = decoder.model();
-    let mut rates = Ceilings::measure(options, model.dtype())?.rates(options, model)?;
-    if let Some(resident) = resident {
+    let mut rates = Ceilings::measure(options, model.dtype())?.rates(options, model, footprint)?;
+    if let (Some(rates), Some(resident)) = (&mut rates, resident) {
         rates.compute_s = resident.alone_s;
         let update_s = resident.step_s - resident.alone_s;
         if update_s > 0.0 {
