@@ -92,7 +92,7 @@ impl Printer {
             Bytes(pinned.budget_bytes),
             report.lock
         );
-        println!("the device keeps {}", report.keeps);
+        println!("the device has room for {}", report.keeps);
         if decoder.checkpoints_every() > 1 {
             println!(
                 "checkpoints: the input of every {} layers; those between are computed again",
@@ -178,7 +178,11 @@ impl Printer {
                 "device_budget_bytes": tiers[0].budget_bytes,
                 "device_peak_bytes": tiers[0].peak_bytes,
                 "checkpoint_every": s.checkpoint_every,
-                "device_keeps": s.report.keeps.to_string(),
+                "device_keeps": {
+                    "params": s.report.keeps.params,
+                    "checkpoints": s.report.keeps.checkpoints,
+                    "optim": s.report.keeps.optim,
+                },
                 "pinned_budget_bytes": tiers[1].budget_bytes,
                 "pinned_peak_bytes": tiers[1].peak_bytes,
                 "resident_peak_bytes": forebay::machine::peak_resident(),

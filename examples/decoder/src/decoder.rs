@@ -183,7 +183,7 @@ impl Decoder {
             self.eval_loss(step, &batch).map(|_| ())
         })?;
         let logits = footprint(&self.model, Pass::Eval, target, |step| {
-            self.logits(step, &zeros, self.seq, Positions::All)
+            self.logits(step, &zeros, self.seq, Positions::Last)
                 .map(|_| ())
         })?;
         Ok(train.max(loss).max(logits))
@@ -254,17 +254,9 @@ impl Decoder {
                     }
                 }
                 Back::Gradient(stage, index) => {
-                    let (lease, section) = (step.enter(stage)?, self.layers[index]);
-                    let saved = match &inputs {
-                        Some(inputs) => inputs.get(self.train.place(index))?,
-                        None => lease.saved()?,
-                    };
-                    for (start, layer) in self.pieces(tokens, self.seq) {
-                        let rows = layer.tokens();
-                        let (saved, mut dx) = (saved.rows(start, rows)?, x.rows(start, rows)?);
-                        layer.backward(step, &lease, section, &saved, &mut dx)?;
-                    }
-                    observer(&lease, section)?;
+                    let lease = step.enter(stage)?;
+                    self.layer_backward(step, &lease, index, inputs.as_ref(), &mut x)?;
+                    observer(&lease, self.layers[index])?;
                 }
             }
         }
@@ -294,6 +286,27 @@ impl Decoder {
         for (start, layer) in self.pieces(self.batch * self.seq, self.seq) {
             let mut x = x.rows(start, layer.tokens())?;
             layer.forward(step, &lease, self.layers[index], &mut x)?;
+        }
+        Ok(())
+    }
+
+    /// From the gradient of a layer's output in `x` to that of its input, and of its weights.
+    fn layer_backward(
+        &self,
+        step: &Step<'_>,
+        lease: &StageLease<'_>,
+        index: usize,
+        inputs: Option<&Inputs<'_>>,
+        x: &mut TensorMut<'_>,
+    ) -> Result<()> {
+        let saved = match inputs {
+            Some(inputs) => inputs.get(self.train.place(index))?,
+            None => lease.saved()?,
+        };
+        for (start, layer) in self.pieces(self.batch * self.seq, self.seq) {
+            let rows = layer.tokens();
+            let (saved, mut dx) = (saved.rows(start, rows)?, x.rows(start, rows)?);
+            layer.backward(step, lease, self.layers[index], &saved, &mut dx)?;
         }
         Ok(())
     }

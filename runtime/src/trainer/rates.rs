@@ -1,7 +1,8 @@
 //! The rates by which a placement chooses what the device keeps, and what it chose.
 
 use forebay_prefetch::{
-    GradHome, Model as Order, PlaceRates, Placement, Policy, SectionId, StageId, Tier,
+    GradHome, Model as Order, PlaceRates, Placement, Policy, Pool, PoolKind, SectionId, StageId,
+    Tier,
 };
 
 use super::dry::Footprint;
@@ -86,10 +87,10 @@ pub(super) fn unasked(
     ceilings.rates(options, model, footprint).ok()?
 }
 
-/// What the device keeps from step to step, of how much: the rest passes through, or is elsewhere.
+/// What the device has room for, of how much: the rest passes through, or is elsewhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceKeeps {
-    /// Elements whose parameters stay, and all.
+    /// Bytes of parameters' slots, and of all parameters.
     pub params: [u64; 2],
     /// Activation checkpoints that wait there, and all.
     pub checkpoints: [u64; 2],
@@ -104,8 +105,11 @@ impl DeviceKeeps {
             to[0] += amount * u64::from(here);
             to[1] += amount;
         };
+        let slots = |pool: &Pool| matches!(pool.kind, PoolKind::ParamSlot | PoolKind::OwnSlot);
+        let slots = placement.pools().into_iter().filter(slots);
+        keeps.params[0] = slots.map(|pool| pool.buffers * pool.bytes).sum();
         for (id, section) in (0..).map(SectionId).zip(&order.sections) {
-            add(&mut keeps.params, section.elements, placement.resident(id));
+            keeps.params[1] += section.param_bytes;
             if order.stages.iter().any(|stage| stage.grads.contains(&id)) {
                 let here = placement.grad_home(id) == GradHome::Device;
                 add(&mut keeps.optim, section.elements, here);
@@ -162,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_device_keeps_is_said_in_shares() {
+    fn what_the_device_has_room_for_is_said_in_shares() {
         let keeps = DeviceKeeps {
             params: [1, 1],
             checkpoints: [0, 24],

@@ -199,7 +199,7 @@ pub struct Report {
     pub ahead: AheadReport,
     /// Bytes that a step moves by plan.
     pub traffic: Traffic,
-    /// What the device keeps from step to step.
+    /// What the device has room for.
     pub keeps: DeviceKeeps,
     /// Mean seconds of compute, by stage.
     pub stage_s: Vec<f64>,

@@ -357,7 +357,7 @@ impl Step {
             )
         });
         line("  forward and backward", ours.alone_s, against);
-        println!("the device keeps {}", ours.report.keeps);
+        println!("the device has room for {}", ours.report.keeps);
         let [device, pinned, _] = &ours.report.tiers;
         println!(
             "peaks: device {} of {}, pinned {} of {}",
@@ -386,7 +386,11 @@ fn object(found: &Found) -> serde_json::Value {
         json!({
             "step_s": reached.step_s,
             "forward_backward_s": reached.alone_s,
-            "device_keeps": reached.report.keeps.to_string(),
+            "device_keeps": {
+                "params": reached.report.keeps.params,
+                "checkpoints": reached.report.keeps.checkpoints,
+                "optim": reached.report.keeps.optim,
+            },
             "device_peak_bytes": device.peak_bytes,
             "pinned_peak_bytes": pinned.peak_bytes,
             "ahead_steps": reached.report.ahead.steps,
