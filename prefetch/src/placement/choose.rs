@@ -52,8 +52,18 @@ impl Keep {
             states: true,
         }
     }
+
+    fn own(sections: &[SectionId], acts_first: bool) -> Self {
+        Self {
+            own: sections.to_vec(),
+            acts_first,
+            states: false,
+        }
+    }
 }
 
+/// Parts, about, of a model that is simulated.
+const PARTS: u64 = 512;
 /// Steps that are simulated; the second half counts.
 const STEPS: u64 = 6;
 /// What a second of copies takes of the memory that compute and updates work on, on either side, in seconds.
@@ -101,29 +111,42 @@ pub(super) fn choose(
         return usual;
     }
     let rates = rates.of_stages(model);
-    let try_with = |own: &[SectionId], acts_first| {
-        let keep = Keep {
-            own: own.to_vec(),
-            acts_first,
-            states: false,
-        };
-        place_with(model, budgets, options, &keep).ok()
+    let coarse = coarser(model, options);
+    // Seconds of a step, or infinity if that is no less than `least`.
+    let promise = |keep: &Keep, placement: &Placement, least: f64| {
+        let coarse = coarse.and_then(|options| place_with(model, budgets, &options, keep).ok());
+        promise(model, coarse.as_ref().unwrap_or(placement), &rates, least)
     };
-    let mut best = (GAIN * promise(model, &usual, &rates, f64::INFINITY), usual);
-    let own = all_that_fit(model, |own| try_with(own, true).is_some());
+    let place = |keep: &Keep| place_with(model, budgets, options, keep).ok();
+    let own = all_that_fit(model, |own| place(&Keep::own(own, true)).is_some());
+    let promised = promise(&Keep::usual(), &usual, f64::INFINITY);
+    let mut best = (GAIN * promised, usual);
     // Most first: what follows is mostly ruled out by its bound.
     for count in (0..=own.len()).rev() {
         for acts_first in [true, false] {
-            let Some(placement) = try_with(&own[..count], acts_first) else {
+            let keep = Keep::own(&own[..count], acts_first);
+            let Some(placement) = place(&keep) else {
                 continue;
             };
-            let promised = promise(model, &placement, &rates, best.0);
+            let promised = promise(&keep, &placement, best.0);
             if promised < best.0 {
                 best = (promised, placement);
             }
         }
     }
     best.1
+}
+
+/// Options with parts so large that a step of a large model is simulated in little time, if these are not.
+fn coarser(model: &Model, options: &PlaceOptions) -> Option<PlaceOptions> {
+    let elements: u64 = model.sections.iter().map(|s| s.elements).sum();
+    let times = elements / PARTS / options.chunk_elements.max(1);
+    (times > 1).then(|| PlaceOptions {
+        chunk_elements: times * options.chunk_elements,
+        undo_log_bytes: times * options.undo_log_bytes,
+        undo_grad_bytes: times * options.undo_grad_bytes,
+        ..*options
+    })
 }
 
 /// The sections that can have everything on the device at once, in the order in which a forward pass needs them:
