@@ -67,7 +67,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut options = options(args, &recipe, &disk)?;
     let ceilings = Ceilings::measure(&options, decoder.model().dtype())?;
     let footprint = decoder.footprint(target)?;
-    options.rates = ceilings.rates(&options, decoder.model(), footprint)?;
+    // Without them it is placed in the usual order.
+    let rates = ceilings.rates(&options, decoder.model(), footprint);
+    options.rates = rates.unwrap_or_default();
     let (decoder, footprint, options) = fit(decoder, args, &options)?;
     let model = decoder.model().clone();
     let mut trainer = if args.resume {

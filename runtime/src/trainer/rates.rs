@@ -15,13 +15,15 @@ use crate::target::Target;
 
 /// Parameters over which the optimizer is timed: past the caches. For smaller models nothing is measured.
 const ELEMENTS: u64 = 64 << 20;
+/// Rows and columns of the product that is timed.
+const PRODUCT: usize = 4096;
 /// A step's compute beside that of its matrix products at the rate of a large one. Measured on an H200: 158 ms for 84
 /// TFLOP of preset 1.3b, at some 700 TFLOP/s.
 const ALL_COMPUTE: f64 = 1.35;
 
 impl Ceilings {
     /// What the placement of a model weighs ([`Options::rates`]): these, AdamW on memory past the caches, and a matrix
-    /// product for what a step computes by its footprint. Measured in about a second, with 1.3 GiB of memory and 0.7 GiB
+    /// product for what a step computes by its footprint. Measured in a second or two, with 1.3 GiB of memory and 0.7 GiB
     /// of the GPU's, which are given back. None where there is nothing to choose by them: without a GPU, for
     /// another placement than [`Policy::Auto`], or for a model of less than 64 Mi parameters.
     ///
@@ -49,7 +51,8 @@ impl Ceilings {
             disk_write: self.disk_write,
             // At the rate of its own memory, a tenth of compute at most.
             device_update: f64::INFINITY,
-            compute_s: ALL_COMPUTE * footprint.flops as f64 / kernels::product_rate(model.dtype)?,
+            compute_s: ALL_COMPUTE * footprint.flops as f64
+                / kernels::product_rate(model.dtype, PRODUCT)?,
         }))
     }
 }

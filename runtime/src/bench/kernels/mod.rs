@@ -160,11 +160,11 @@ const TURNS: usize = 512 << 20;
 /// Launches that are not counted.
 const WARM: usize = 5;
 
-/// Operations per second of a product of 4096 cubed in this type, by a few launches.
-pub(crate) fn product_rate(dtype: DType) -> Result<f64> {
+/// Operations per second of a product of `n` cubed in this type, by a few launches.
+pub(crate) fn product_rate(dtype: DType, n: usize) -> Result<f64> {
     let found = probe().and_then(|_| libraries());
     found.map_err(failed("a product"))?;
-    let rate = Bench::new(8, NOISE, dtype.element()).and_then(|bench| bench.product(4096));
+    let rate = Bench::new(8, NOISE, dtype.element()).and_then(|bench| bench.product(n));
     rate.map_err(failed("a product"))
 }
 
@@ -384,6 +384,21 @@ fn ids(count: usize, below: usize) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::tests::harness;
+
+    #[test]
+    fn a_product_has_a_rate_in_both_types_on_the_stub_of_cuda_too() {
+        if std::env::var_os(harness::INSIDE).is_none() {
+            let own =
+                "bench::kernels::tests::a_product_has_a_rate_in_both_types_on_the_stub_of_cuda_too";
+            harness::run(own, None, &[("FOREBAY_STUB_MEMORY", "2000000000")]).unwrap();
+            return;
+        }
+        for dtype in [DType::F32, DType::Bf16] {
+            let rate = product_rate(dtype, 64).unwrap();
+            assert!(rate > 0.0 && rate.is_finite(), "{rate}");
+        }
+    }
 
     #[test]
     fn noise_is_finite_both_ways_and_not_zero() {
