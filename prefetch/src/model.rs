@@ -173,7 +173,7 @@ impl Model {
     }
 
     /// Its sections' ids, in order.
-    pub(crate) fn sections(&self) -> impl Iterator<Item = SectionId> + use<> {
+    pub(crate) fn section_ids(&self) -> impl Iterator<Item = SectionId> + use<> {
         (0..self.sections.len() as u32).map(SectionId)
     }
 

@@ -174,6 +174,19 @@ fn what_binds_decides_what_the_device_keeps() {
     };
     assert!(about(0.7)[0] > usual[0] && about(1.2)[0] > usual[0]);
     assert_eq!(about(0.0), usual);
+    // Rates that are no rates do no harm.
+    for nonsense in [0.0, 1e-12, f64::INFINITY, f64::NAN] {
+        with(PlaceRates {
+            cpu: nonsense,
+            cpu_ahead: nonsense,
+            h2d: nonsense,
+            d2h: nonsense,
+            disk_read: nonsense,
+            disk_write: nonsense,
+            device_update: nonsense,
+            compute_s: 1.0,
+        });
+    }
 }
 
 #[test]
