@@ -127,14 +127,7 @@ impl Trainer {
         model.validate()?;
         let order_model = model.order();
         let budgets = budgets(options)?;
-        let placed = |options: &Options| place(&model, &order_model, footprint, options, budgets);
-        let mut placement = placed(options)?;
-        if let Some(rates) = rates::unasked(options, &model, footprint, &placement) {
-            placement = placed(&Options {
-                rates: Some(rates),
-                ..options.clone()
-            })?;
-        }
+        let placement = chosen(&model, &order_model, footprint, options, budgets)?;
         let train = Arc::new(Plan::training(&order_model, &placement)?);
         let model = Arc::new(model);
         // Before anything is made that would be left behind.
@@ -358,6 +351,25 @@ fn budgets(options: &Options) -> Result<order::Budgets> {
         device_bytes: options.device_budget.unwrap_or(default.device_bytes),
         pinned_bytes: options.pinned_budget.unwrap_or(default.pinned_bytes),
     })
+}
+
+/// A trainer's placement, with rates measured for it where none were given.
+fn chosen(
+    model: &Model,
+    order_model: &order::Model,
+    footprint: Footprint,
+    options: &Options,
+    budgets: order::Budgets,
+) -> Result<Placement> {
+    let usual = place(model, order_model, footprint, options, budgets)?;
+    let Some(rates) = rates::unasked(options, model, footprint, &usual) else {
+        return Ok(usual);
+    };
+    let options = Options {
+        rates: Some(rates),
+        ..options.clone()
+    };
+    place(model, order_model, footprint, &options, budgets)
 }
 
 fn place(
