@@ -111,6 +111,57 @@ fn optimizer_states_split_between_device_host_and_disk_give_the_same_bits() {
     }
 }
 
+#[test]
+fn what_the_device_keeps_by_measured_rates_changes_no_bit() {
+    // Of a CPU so slow that states are worth more than anything else on the device, and the other way round.
+    let rates = |cpu, link| forebay::PlaceRates {
+        cpu,
+        cpu_ahead: 0.8 * cpu,
+        h2d: link,
+        d2h: link,
+        disk_read: 1e9,
+        disk_write: 1e9,
+        device_update: f64::INFINITY,
+        compute_s: 1e-3,
+    };
+    for (dtype, clip) in [(DType::F32, Some(0.5)), (DType::Bf16, None)] {
+        let reference = run_in(dtype, |o| (o.placement, o.clip) = (Policy::Resident, clip));
+        let mut mixed = [0; 2];
+        for (index, rates) in [rates(1e5, 1e9), rates(1e9, 1e5)].into_iter().enumerate() {
+            for part in 1..16 {
+                let folder = tempfile::tempdir().unwrap();
+                let decoder = decoder_in(dtype);
+                let mut options = options(folder.path());
+                (options.clip, options.ahead) = (clip, Ahead::Always);
+                let budget = |placement| {
+                    let options = Options {
+                        placement,
+                        ..options.clone()
+                    };
+                    with_budgets(options, &decoder).device_budget.unwrap()
+                };
+                let (least, most) = (budget(Policy::Disk), budget(Policy::Resident));
+                options.device_budget = Some(least + (most - least) * part / 16);
+                options.pinned_budget = Some(1 << 24);
+                options.rates = Some(rates);
+                let mut trainer = create(&decoder, &options);
+                let keeps = trainer.report().keeps;
+                let streams = keeps.params[0] < keeps.params[1];
+                mixed[index] += u32::from(keeps.optim[0] > 0 && streams);
+                let mut losses = train(&mut trainer, &decoder, STEPS - 2);
+                trainer.publish("").unwrap();
+                drop(trainer);
+                let mut trainer = resume(&decoder, &options);
+                losses.extend(train(&mut trainer, &decoder, 2));
+                assert_eq!(losses, reference, "{part} of 16, {keeps}");
+            }
+        }
+        // Where the CPU is slow, states stay while parameters of layers pass through; else only the embedding's, which
+        // are read in place.
+        assert!(mixed[0] > mixed[1] + 2, "{mixed:?}");
+    }
+}
+
 /// A run whose states are in pinned memory, and what ran ahead of the norm in it. With `resident` parameters
 /// the new ones take the place of gradients; else they have slabs of their own.
 fn run_ahead(

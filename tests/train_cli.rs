@@ -166,6 +166,42 @@ fn bad_flags_and_budgets_are_one_line_that_says_what_to_do() {
 }
 
 #[test]
+fn where_checkpoints_do_not_fit_auto_keeps_fewer_and_says_so() {
+    let place = Place::new();
+    let run = |every: &str, device: u64, pinned: u64| {
+        let _ = std::fs::remove_dir_all(place.path("disk"));
+        std::fs::create_dir(place.path("disk")).unwrap();
+        let (device, pinned) = (device.to_string(), pinned.to_string());
+        let budgets = ["--gpu-budget", &device, "--pinned-budget", &pinned];
+        let flags = ["--placement", "disk", "--json", "--checkpoint-every", every];
+        place.run(&[&flags[..], &budgets[..]].concat())
+    };
+    let least = |output: &std::process::Output| -> u64 {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let mut words = text.split_whitespace().skip_while(|w| *w != "least");
+        words.nth(1).unwrap().parse().unwrap()
+    };
+    let interval = |output: &std::process::Output| {
+        let text = String::from_utf8_lossy(&output.stdout);
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        last["summary"]["checkpoint_every"].as_u64().unwrap()
+    };
+    // Room for a few states more than the least.
+    let device = least(&run("1", 1, 1 << 30)) + (1 << 20);
+    let pinned = least(&run("1", device, 1));
+    let whole = run("auto", device, pinned);
+    assert_eq!((interval(&whole), losses(&whole).len()), (1, 4));
+    let less = ["1", "auto"].map(|every| run(every, device, pinned - 1));
+    check_refusal(&less[0], "all checkpoints", &["pinned budget", "at least"]);
+    assert_eq!(losses(&less[1]), losses(&whole));
+    assert_eq!(interval(&less[1]), 2);
+    place.refused(
+        &["--checkpoint-every", "0"],
+        &["--checkpoint-every", "auto"],
+    );
+}
+
+#[test]
 fn bad_data_and_configurations_are_one_line_that_says_what_to_do() {
     let place = Place::new();
     place.refused(

@@ -21,6 +21,11 @@ pub(crate) struct Args {
     /// [default: 1]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub(crate) micro_batches: Option<u32>,
+    /// Layers for each activation checkpoint: with N, memory and traffic for an N-th of them, N states of a
+    /// layer in device memory, and layers computed forward once more; auto takes the least with which the
+    /// model fits. Results do not depend on it
+    #[arg(long, default_value = "auto", value_name = "N | auto", value_parser = checkpoint_every)]
+    pub(crate) checkpoint_every: CheckpointEvery,
     /// Tokens in a sequence [default: 128, with --preset 1024]
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     pub(crate) seq: Option<u32>,
@@ -126,6 +131,23 @@ pub(crate) struct Args {
     /// One JSON object a line: each step, then {"summary": ...}
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What --checkpoint-every says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CheckpointEvery {
+    /// The least with which the model fits.
+    Auto,
+    /// So many layers.
+    Layers(usize),
+}
+
+fn checkpoint_every(text: &str) -> std::result::Result<CheckpointEvery, String> {
+    match (text, text.parse()) {
+        ("auto", _) => Ok(CheckpointEvery::Auto),
+        (_, Ok(layers)) if layers > 0 => Ok(CheckpointEvery::Layers(layers)),
+        _ => Err("use auto or a number of layers, 1 or more".to_owned()),
+    }
 }
 
 /// When a run publishes.

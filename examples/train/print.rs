@@ -22,6 +22,7 @@ pub(crate) struct Summary<'s> {
     pub(crate) ceilings: &'s Ceilings,
     pub(crate) parameters: u64,
     pub(crate) dtype: DType,
+    pub(crate) checkpoint_every: usize,
     pub(crate) steps_done: u64,
     pub(crate) last_losses: f64,
     pub(crate) unigram: f64,
@@ -91,6 +92,13 @@ impl Printer {
             Bytes(pinned.budget_bytes),
             report.lock
         );
+        println!("the device has room for {}", report.keeps);
+        if decoder.checkpoints_every() > 1 {
+            println!(
+                "checkpoints: the input of every {} layers; those between are computed again",
+                decoder.checkpoints_every()
+            );
+        }
         println!(
             "disk: {} in {}, {}; placement {:?}, look-ahead {}",
             Bytes(report.tiers[2].peak_bytes),
@@ -176,6 +184,12 @@ impl Printer {
                 "steps": s.steps_done,
                 "device_budget_bytes": tiers[0].budget_bytes,
                 "device_peak_bytes": tiers[0].peak_bytes,
+                "checkpoint_every": s.checkpoint_every,
+                "device_keeps": {
+                    "params": s.report.keeps.params,
+                    "checkpoints": s.report.keeps.checkpoints,
+                    "optim": s.report.keeps.optim,
+                },
                 "pinned_budget_bytes": tiers[1].budget_bytes,
                 "pinned_peak_bytes": tiers[1].peak_bytes,
                 "resident_peak_bytes": forebay::machine::peak_resident(),

@@ -15,7 +15,7 @@ use rand::SeedableRng;
 use rand::distr::{Distribution, weighted::WeightedIndex};
 use rand_chacha::ChaCha8Rng;
 
-use crate::args::{Args, Recipe, When};
+use crate::args::{Args, CheckpointEvery, Recipe, When};
 use crate::data::Data;
 use crate::print::{Printer, Summary};
 
@@ -65,9 +65,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .in_micro_batches(recipe.micro_batches as usize)
         .context("--micro-batches")?;
     let mut options = options(args, &recipe, &disk)?;
-    let footprint = decoder.footprint(options.target()?)?;
-    choose_budgets(&decoder, footprint, args, &mut options)?;
     let ceilings = Ceilings::measure(&options, decoder.model().dtype())?;
+    let footprint = decoder.footprint(target)?;
+    // Without them it is placed in the usual order.
+    let rates = ceilings.rates(&options, decoder.model(), footprint);
+    options.rates = rates.unwrap_or_default();
+    let (decoder, footprint, options) = fit(decoder, args, &options)?;
     let model = decoder.model().clone();
     let mut trainer = if args.resume {
         Trainer::resume(model, footprint, &options)?
@@ -260,6 +263,7 @@ fn finish(
         ceilings,
         parameters: trainer.model().parameters(),
         dtype: trainer.model().dtype(),
+        checkpoint_every: decoder.checkpoints_every(),
         steps_done: trainer.steps(),
         last_losses: mean(tail),
         unigram: data.unigram_entropy(),
@@ -335,6 +339,35 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     options.trace = args.trace.clone();
     options.disk_throttle = args.disk_throttle.map(|b| b.0);
     Ok(options)
+}
+
+/// The decoder with as many layers a checkpoint as --checkpoint-every says, by itself the least with which it can
+/// be placed; what a step needs, and options with budgets.
+fn fit(decoder: Decoder, args: &Args, options: &Options) -> Result<(Decoder, Footprint, Options)> {
+    let with = |every: usize| -> Result<(Decoder, Footprint, Options)> {
+        let mut options = options.clone();
+        let decoder = decoder.clone().with_checkpoints_every(every)?;
+        let footprint = decoder.footprint(options.target()?)?;
+        choose_budgets(&decoder, footprint, args, &mut options)?;
+        requirements(decoder.model(), footprint, &options)?;
+        Ok((decoder, footprint, options))
+    };
+    let first = match args.checkpoint_every {
+        CheckpointEvery::Layers(layers) => return with(layers),
+        CheckpointEvery::Auto => with(1),
+    };
+    let too_small = |error: &anyhow::Error| {
+        let error = error.downcast_ref::<forebay::Error>();
+        matches!(error, Some(forebay::Error::Placement(_)))
+    };
+    match first {
+        // Where none fits, what the first one needs is said.
+        Err(error) if too_small(&error) => {
+            let mut others = 2..=decoder.config().layers;
+            others.find_map(|every| with(every).ok()).ok_or(error)
+        }
+        first => first,
+    }
 }
 
 /// Budgets that were not given: what the placement needs if it is named, or what the machine has, if

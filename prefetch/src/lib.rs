@@ -43,7 +43,7 @@ pub use bound::{Bound, Rates, Traffic, bound};
 pub use error::Error;
 pub use model::{Model, SectionId, SectionSize, StageId, StageSpec, State, Tier, Timing};
 pub use parts::Part;
-pub use placement::{Budgets, GradHome, PlaceOptions, Placement, Policy, place};
+pub use placement::{Budgets, GradHome, PlaceOptions, PlaceRates, Placement, Policy, place};
 pub use plan::{
     ClaimRef, Dep, GradUse, LANES, Lane, Order, ParamSource, Plan, Pool, PoolId, PoolKind,
     StageUses, Task, TaskId, TaskKind, Window,

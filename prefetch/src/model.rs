@@ -176,6 +176,11 @@ impl Model {
         Ok(())
     }
 
+    /// Its sections' ids, in order.
+    pub(crate) fn section_ids(&self) -> impl Iterator<Item = SectionId> + use<> {
+        (0..self.sections.len() as u32).map(SectionId)
+    }
+
     fn misuse(&self, stage: &StageSpec) -> Option<String> {
         for list in [&stage.params, &stage.gathers, &stage.grads] {
             for (i, id) in list.iter().enumerate() {

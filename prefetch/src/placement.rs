@@ -8,17 +8,24 @@
 //! memory. Living there costs no more than passing through, one slab, so that is tried first.
 //! Pinned memory: first what must pass through it, then what look-ahead wants, then gradients,
 //! parameters and optimizer states as far as they go. The disk takes the rest.
+//!
+//! That is the usual order. With measured rates ([`PlaceOptions::rates`]) other orders are weighed against it,
+//! by the step that each promises.
 
 use crate::Error;
 use crate::model::{Model, SectionId, StageId, StageSpec, Tier, Timing};
 use crate::parts::{Part, parts};
 use crate::plan::{PoolId, PoolKind};
+use choose::Keep;
 use class::Class;
 
+mod choose;
 mod class;
 mod device;
 mod pinned;
 mod sizes;
+
+pub use choose::PlaceRates;
 
 /// Bytes that may be used on each tier; the disk takes what is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +96,9 @@ pub struct PlaceOptions {
     /// parameter: where the CPU makes it, parameters have a slab of their own or come from disk for it. No
     /// update runs before the norm but those that can be undone there.
     pub split: bool,
+    /// How fast things are, for [`Policy::Auto`] to choose by what the device keeps. Without them it keeps
+    /// checkpoints first, then parameters, then optimizer states.
+    pub rates: Option<PlaceRates>,
 }
 
 impl Default for PlaceOptions {
@@ -105,6 +115,7 @@ impl Default for PlaceOptions {
             undo_grad_bytes: 0,
             optim_bytes: 12,
             split: false,
+            rates: None,
         }
     }
 }
@@ -149,9 +160,22 @@ pub struct Placement {
 /// [`Model::validate`] finds.
 pub fn place(model: &Model, budgets: Budgets, options: &PlaceOptions) -> Result<Placement, Error> {
     model.validate()?;
+    let usual = place_with(model, budgets, options, &Keep::usual());
+    match (options.policy, options.rates) {
+        (Policy::Auto, Some(rates)) => Ok(choose::choose(model, budgets, options, &rates, usual?)),
+        _ => usual,
+    }
+}
+
+fn place_with(
+    model: &Model,
+    budgets: Budgets,
+    options: &PlaceOptions,
+    keep: &Keep,
+) -> Result<Placement, Error> {
     let filled = |in_place: bool| {
-        let mut placement = Placement::least(model, options, in_place);
-        placement.fill_device(model, budgets.device_bytes)?;
+        let mut placement = Placement::least(model, options, in_place, keep);
+        placement.fill_device(model, budgets.device_bytes, keep)?;
         placement.fill_pinned(model, budgets)?;
         placement.keep_undo(budgets.pinned_bytes);
         Ok(placement)
@@ -178,7 +202,7 @@ pub fn place(model: &Model, budgets: Budgets, options: &PlaceOptions) -> Result<
 impl Placement {
     /// As little of every fast tier as a step needs. With `in_place`, what stages only gather from is
     /// read in pinned memory.
-    fn least(model: &Model, options: &PlaceOptions, in_place: bool) -> Self {
+    fn least(model: &Model, options: &PlaceOptions, in_place: bool, keep: &Keep) -> Self {
         let mut classes: Vec<Class> = Vec::new();
         let mut class_of = Vec::new();
         let mut param_home = Vec::new();
@@ -191,9 +215,12 @@ impl Placement {
                     classes.len() - 1
                 });
             let id = SectionId(id as u32);
-            let in_place = in_place && model.only_gathered(id);
+            let own = keep.own.contains(&id);
+            let in_place = in_place && model.only_gathered(id) && !own;
             classes[index].members.push(id);
-            classes[index].slotted.extend((!in_place).then_some(id));
+            classes[index].own.extend(own.then_some(id));
+            let slotted = !in_place && !own;
+            classes[index].slotted.extend(slotted.then_some(id));
             param_home.push(if in_place { Tier::Pinned } else { Tier::Disk });
             class_of.push(index);
         }
@@ -223,6 +250,9 @@ impl Placement {
             options: *options,
             classes,
         };
+        for section in &keep.own {
+            placement.keep_states(section.0 as usize);
+        }
         placement.set_grad_homes(false);
         placement.stage(false);
         placement
@@ -281,7 +311,7 @@ impl Placement {
     /// Whether a section has a slot of its own.
     pub fn resident(&self, section: SectionId) -> bool {
         let class = &self.classes[self.class_of[section.0 as usize]];
-        class.resident() && class.slotted.contains(&section)
+        class.own.contains(&section) || class.resident() && class.slotted.contains(&section)
     }
 
     /// The pool of a kind that serves a section.
@@ -292,16 +322,20 @@ impl Placement {
     /// A section's place among those of its size: the slot of a resident section.
     pub fn member(&self, section: SectionId) -> u32 {
         let class = &self.classes[self.class_of[section.0 as usize]];
-        class
-            .slotted
-            .iter()
-            .position(|m| *m == section)
-            .unwrap_or(0) as u32
+        let place = |members: &[SectionId]| members.iter().position(|m| *m == section);
+        let place = place(&class.own).or_else(|| place(&class.slotted));
+        place.unwrap_or(0) as u32
     }
 
     /// The pool of a section's parameter slots.
     pub fn param_pool(&self, section: SectionId) -> PoolId {
-        self.pool(PoolKind::ParamSlot, section)
+        let class = &self.classes[self.class_of[section.0 as usize]];
+        let kind = if class.own.contains(&section) {
+            PoolKind::OwnSlot
+        } else {
+            PoolKind::ParamSlot
+        };
+        self.pool(kind, section)
     }
 
     /// The pool of shared slabs that a section's gradient passes through, if it has none of its own.

@@ -132,6 +132,8 @@ pub enum PoolKind {
     OptimStage,
     /// Device: parameters of a class.
     ParamSlot,
+    /// Device: parameters of those of a class that stay while others pass through its slots.
+    OwnSlot,
     /// Device: gradients of a class.
     GradSlot,
     /// Pinned: parameters of a class that live on disk.
@@ -154,8 +156,9 @@ impl PoolId {
             PoolKind::GradSlot => 1,
             PoolKind::ParamStage => 2,
             PoolKind::GradStage => 3,
+            PoolKind::OwnSlot => 4,
         };
-        Self(2 + 4 * class as u32 + in_class)
+        Self(2 + 5 * class as u32 + in_class)
     }
 }
 

@@ -90,15 +90,15 @@ pub use bytes::{Bytes, BytesError};
 pub use error::{Error, Result};
 pub use forebay_kernels::cuda::Args;
 pub use forebay_nvme as nvme;
-pub use forebay_prefetch::{Bound, Budgets, Traffic};
+pub use forebay_prefetch::{Bound, Budgets, PlaceRates, Traffic};
 pub use model::{Init, Model, Section, SectionId, Stage, StageId, TensorSpec};
 pub use operation::{
     CudaArgs, CudaContext, DeviceSlice, Element, HostArgs, HostContext, Operation,
 };
 pub use tensor::{DType, Shape, Tensor, TensorMut};
 pub use trainer::{
-    Adagrad, AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, ExternalStream, Finished,
-    Footprint, Frame, HopReport, IoChoice, Lamb, Lion, Moment, Optimizer, Options, Pass, Policy,
-    Publish, PublishCost, RandomInit, Report, Sgd, StageLease, Step, Target, TierReport, Trainer,
-    Updates, Weights, footprint, requirements, stored_user_text,
+    Adagrad, AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, DeviceKeeps, ExternalStream,
+    Finished, Footprint, Frame, HopReport, IoChoice, Lamb, Lion, Moment, Optimizer, Options, Pass,
+    Policy, Publish, PublishCost, RandomInit, Report, Sgd, StageLease, Step, Target, TierReport,
+    Trainer, Updates, Weights, footprint, requirements, stored_user_text,
 };

@@ -53,6 +53,12 @@ pub trait Operation: Copy + Send + 'static {
         None
     }
 
+    /// Floating-point operations of its matrix products: by them a step's compute is foreseen
+    /// ([`Footprint`](crate::Footprint)). Other work need not be counted.
+    fn flops(&self) -> u64 {
+        0
+    }
+
     /// The input, by its place, that its host version takes in whatever type it has, where others of bf16
     /// arrive as f32: a table of which it reads a few rows.
     fn takes_as_is(&self) -> Option<usize> {

@@ -202,6 +202,17 @@ impl TensorMut<'_> {
         Ok(TensorMut::new(reshaped(self.view, shape.into())?))
     }
 
+    /// The rows before `row` and those from it on, each to be written for a while.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not as many rows.
+    pub fn split(&mut self, row: usize) -> Result<(TensorMut<'_>, TensorMut<'_>)> {
+        let rest = self.view.shape.dims[0].saturating_sub(row);
+        let before = rows_of(self.view, 0, row)?;
+        let after = rows_of(self.view, row, rest)?;
+        Ok((TensorMut::new(before), TensorMut::new(after)))
+    }
+
     /// Rows `start..start + rows` of the outermost dimension, for a while.
     ///
     /// # Errors

@@ -2,12 +2,13 @@
 
 use forebay::ops::{self, ClassifierGrads, IGNORED};
 use forebay::{
-    DType, Error, Footprint, Init, Model, Pass, Result, Section, SectionId, Stage, StageId,
-    StageLease, Step, Target, TensorMut, footprint,
+    DType, Error, Footprint, Init, Model, Pass, Result, Section, SectionId, StageId, StageLease,
+    Step, Target, TensorMut, footprint,
 };
 
 use crate::config::Config;
 use crate::layer::{self, Layer};
+use crate::stages::{Back, Inputs, Stages};
 
 /// Token ids and what should follow each, `[batch, seq]`, row-major.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +32,7 @@ pub enum Positions {
 pub type Observer<'o> = dyn FnMut(&StageLease<'_>, SectionId) -> Result<()> + 'o;
 
 /// A decoder for batches of one shape.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Decoder {
     config: Config,
     batch: usize,
@@ -45,17 +46,6 @@ pub struct Decoder {
     head: SectionId,
     train: Stages,
     eval: Stages,
-}
-
-/// The stages of a pass.
-#[derive(Debug)]
-struct Stages {
-    embed: StageId,
-    layers: Vec<StageId>,
-    head: StageId,
-    /// In compute order: the last layer first; empty in evaluation.
-    backward: Vec<StageId>,
-    embed_backward: Option<StageId>,
 }
 
 const WEIGHT: &str = "weight";
@@ -74,6 +64,31 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::new`].
     pub fn compute_in(dtype: DType, config: Config, batch: usize, seq: usize) -> Result<Self> {
+        Self::build(dtype, config, [batch, seq], 1)
+    }
+
+    /// Keeps the input of every n-th layer only as a checkpoint, as ZeRO-Infinity does (section 3, its `ci`): an
+    /// n-th of their memory and traffic, for n states in scratch memory, and for computing layers forward once
+    /// more. In the backward pass the inputs of a group's layers are computed from its checkpoint, and kept while
+    /// that group is at work. Those of the last group are kept from the forward pass. Results have the same
+    /// bits for every n; with 1, as without this, a layer computes its own forward pass only.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for 0.
+    pub fn with_checkpoints_every(self, layers: usize) -> Result<Self> {
+        if layers == 0 {
+            let what = "checkpoints every 0 layers: give 1 or more".to_owned();
+            return Err(Error::Model(what));
+        }
+        let shape = [self.batch, self.seq];
+        let built = Self::build(self.model.dtype(), self.config, shape, layers)?;
+        Ok(Self {
+            piece: self.piece,
+            ..built
+        })
+    }
+
+    fn build(dtype: DType, config: Config, [batch, seq]: [usize; 2], every: usize) -> Result<Self> {
         if batch * seq == 0 {
             return Err(Error::Model(
                 "a batch needs at least one sequence of one token".into(),
@@ -101,7 +116,7 @@ impl Decoder {
             model.section(table("lm_head"))
         };
         let state = [batch * seq, hidden];
-        let train = Stages::train(&mut model, embed, &layers, [norm, head], state);
+        let train = Stages::train(&mut model, embed, &layers, [norm, head], (state, every));
         let eval = Stages::eval(&mut model, embed, &layers, [norm, head]);
         Ok(Self {
             config,
@@ -136,6 +151,11 @@ impl Decoder {
         Ok(self)
     }
 
+    /// Layers for each checkpoint ([`Decoder::with_checkpoints_every`]).
+    pub fn checkpoints_every(&self) -> usize {
+        self.train.every
+    }
+
     /// The model as the runtime takes it.
     pub fn model(&self) -> &Model {
         &self.model
@@ -163,7 +183,7 @@ impl Decoder {
             self.eval_loss(step, &batch).map(|_| ())
         })?;
         let logits = footprint(&self.model, Pass::Eval, target, |step| {
-            self.logits(step, &zeros, self.seq, Positions::All)
+            self.logits(step, &zeros, self.seq, Positions::Last)
                 .map(|_| ())
         })?;
         Ok(train.max(loss).max(logits))
@@ -200,12 +220,17 @@ impl Decoder {
         let tokens = self.batch * self.seq;
         let ids = step.upload(batch.ids, [tokens])?;
         let targets = step.upload(batch.targets, [tokens])?;
+        let mut inputs = self.train.inputs(step, [tokens, self.config.hidden])?;
         let frame = step.frame();
         let mut x = frame.tensor([tokens, self.config.hidden])?;
         self.embed(step, self.train.embed, &ids, &mut x)?;
-        for (stage, section) in self.train.layers.iter().zip(&self.layers) {
+        for (index, (stage, section)) in self.train.layers.iter().zip(&self.layers).enumerate() {
             let lease = step.enter(*stage)?;
-            lease.save(&x.as_ref())?;
+            if self.train.saves(index) {
+                lease.save(&x.as_ref())?;
+            } else if let Some((inputs, place)) = self.train.kept(&mut inputs, index) {
+                ops::copy(step, &x.as_ref(), &mut inputs.at(place)?)?;
+            }
             for (start, layer) in self.pieces(tokens, self.seq) {
                 let mut x = x.rows(start, layer.tokens())?;
                 layer.forward(step, &lease, *section, &mut x)?;
@@ -221,23 +246,67 @@ impl Decoder {
                 observer(&lease, self.head)?;
             }
         }
-        for (stage, section) in self.train.backward.iter().zip(self.layers.iter().rev()) {
-            let lease = step.enter(*stage)?;
-            let saved = lease.saved()?;
-            for (start, layer) in self.pieces(tokens, self.seq) {
-                let (saved, mut dx) = (
-                    saved.rows(start, layer.tokens())?,
-                    x.rows(start, layer.tokens())?,
-                );
-                layer.backward(step, &lease, *section, &saved, &mut dx)?;
+        for back in &self.train.backward {
+            match *back {
+                Back::Again(stage, index) => {
+                    if let Some(inputs) = &mut inputs {
+                        self.again(step, stage, index, inputs)?;
+                    }
+                }
+                Back::Gradient(stage, index) => {
+                    let lease = step.enter(stage)?;
+                    self.layer_backward(step, &lease, index, inputs.as_ref(), &mut x)?;
+                    observer(&lease, self.layers[index])?;
+                }
             }
-            observer(&lease, *section)?;
         }
         if let Some(stage) = self.train.embed_backward {
             let lease = step.enter(stage)?;
             let mut grad = lease.grad(self.embed, WEIGHT)?;
             ops::embedding_backward(step, &ids, &x.as_ref(), &mut grad)?;
             observer(&lease, self.embed)?;
+        }
+        Ok(())
+    }
+
+    /// A layer forward once more, from its input to that of the layer after it.
+    fn again(
+        &self,
+        step: &Step<'_>,
+        stage: StageId,
+        index: usize,
+        inputs: &mut Inputs<'_>,
+    ) -> Result<()> {
+        let lease = step.enter(stage)?;
+        let place = self.train.place(index);
+        if self.train.saves(index) {
+            ops::copy(step, &lease.saved()?, &mut inputs.at(place)?)?;
+        }
+        let mut x = inputs.next(step, place)?;
+        for (start, layer) in self.pieces(self.batch * self.seq, self.seq) {
+            let mut x = x.rows(start, layer.tokens())?;
+            layer.forward(step, &lease, self.layers[index], &mut x)?;
+        }
+        Ok(())
+    }
+
+    /// From the gradient of a layer's output in `x` to that of its input, and of its weights.
+    fn layer_backward(
+        &self,
+        step: &Step<'_>,
+        lease: &StageLease<'_>,
+        index: usize,
+        inputs: Option<&Inputs<'_>>,
+        x: &mut TensorMut<'_>,
+    ) -> Result<()> {
+        let saved = match inputs {
+            Some(inputs) => inputs.get(self.train.place(index))?,
+            None => lease.saved()?,
+        };
+        for (start, layer) in self.pieces(self.batch * self.seq, self.seq) {
+            let rows = layer.tokens();
+            let (saved, mut dx) = (saved.rows(start, rows)?, x.rows(start, rows)?);
+            layer.backward(step, lease, self.layers[index], &saved, &mut dx)?;
         }
         Ok(())
     }
@@ -409,68 +478,5 @@ impl Decoder {
         ops::rms_norm_backward(step, &x.as_ref(), &norm, eps, &dnormed, &mut dx, set, grad)?;
         ops::copy(step, &dx.as_ref(), x)?;
         Ok(loss)
-    }
-}
-
-impl Stages {
-    fn train(
-        model: &mut Model,
-        embed: SectionId,
-        layers: &[SectionId],
-        head: [SectionId; 2],
-        state: [usize; 2],
-    ) -> Self {
-        // Where the classifier is the same table, that stage has it whole on the device, and so has this one.
-        let first = model.train_stage(Stage::new("embed").gathers([embed]));
-        let forward: Vec<_> = layers
-            .iter()
-            .enumerate()
-            .map(|(i, s)| {
-                let stage = Stage::new(format!("layer {i} forward"))
-                    .params([*s])
-                    .saves(state);
-                model.train_stage(stage)
-            })
-            .collect();
-        let head = model.train_stage(Stage::new("head").params(head).grads(head));
-        let backward = layers
-            .iter()
-            .zip(&forward)
-            .enumerate()
-            .rev()
-            .map(|(i, (s, saver))| {
-                let stage = Stage::new(format!("layer {i} backward"));
-                model.train_stage(stage.params([*s]).grads([*s]).restores(*saver))
-            });
-        let backward = backward.collect();
-        let last = model.train_stage(Stage::new("embed backward").grads([embed]));
-        Self {
-            embed: first,
-            layers: forward,
-            head,
-            backward,
-            embed_backward: Some(last),
-        }
-    }
-
-    fn eval(
-        model: &mut Model,
-        embed: SectionId,
-        layers: &[SectionId],
-        head: [SectionId; 2],
-    ) -> Self {
-        let embed = model.eval_stage(Stage::new("embed").gathers([embed]));
-        let stage = |(i, s): (usize, &SectionId)| {
-            model.eval_stage(Stage::new(format!("layer {i}")).params([*s]))
-        };
-        let layers = layers.iter().enumerate().map(stage).collect();
-        let head = model.eval_stage(Stage::new("head").params(head));
-        Self {
-            embed,
-            layers,
-            head,
-            backward: Vec::new(),
-            embed_backward: None,
-        }
     }
 }

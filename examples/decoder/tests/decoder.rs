@@ -109,6 +109,34 @@ fn the_footprint_is_what_a_step_really_uses() {
 }
 
 #[test]
+fn the_footprint_foresees_the_products_of_a_step_and_of_layers_computed_again() {
+    let config = Config {
+        layers: 5,
+        ..config(Family::Llama, false)
+    };
+    let (tokens, seq, heads, head_dim) = (40, 20, 4, 8);
+    let flops = |every| {
+        let decoder = Decoder::new(config.clone(), tokens / seq, seq).unwrap();
+        let decoder = decoder.with_checkpoints_every(every).unwrap();
+        let footprint = decoder.footprint(Target::Host { threads: 1 }).unwrap();
+        footprint.flops as usize
+    };
+    let product = |n: usize, k: usize| 2 * tokens * n * k;
+    // Queries and output, keys and values; gate and up; down. Scores and their sums, of which half are masked.
+    let attention = 2 * product(32, 32) + 2 * product(16, 32);
+    let (wide, down) = (2 * product(64, 32), product(32, 64));
+    let scores = tokens * seq * heads * head_dim;
+    let forward = attention + wide + down + 2 * scores;
+    // Forward again but for what is down last, and each product twice for its gradients.
+    let backward = forward - down + 2 * (attention + wide + down) + 5 * scores;
+    assert_eq!(flops(1), 5 * (forward + backward) + 3 * product(20, 32));
+    // Of groups of two, three and more layers: all but the last one of each, and none of the last group.
+    for (every, again) in [(2, 2), (3, 2), (4, 3), (5, 0)] {
+        assert_eq!(flops(every) - flops(1), again * forward, "every {every}");
+    }
+}
+
+#[test]
 fn an_id_outside_the_vocabulary_fails_the_device_and_says_so_from_then_on() {
     let folder = tempfile::tempdir().unwrap();
     let decoder = Decoder::new(config(Family::Llama, false), 1, 4).unwrap();

@@ -8,9 +8,11 @@ pub(super) struct Class {
     pub(super) param_bytes: u64,
     pub(super) grad_slot_bytes: u64,
     pub(super) members: Vec<SectionId>,
-    /// Members whose parameters stay in slots or pass through them; the others are read in pinned
-    /// memory and never come.
+    /// Members whose parameters stay in slots or pass through them; the others have slots of their own, or are
+    /// read in pinned memory and never come.
     pub(super) slotted: Vec<SectionId>,
+    /// Members with slots of their own, whoever else passes through the slots of the class.
+    pub(super) own: Vec<SectionId>,
     pub(super) param_slots: u64,
     pub(super) param_slots_min: u64,
     pub(super) grad_slots: u64,
@@ -24,6 +26,7 @@ impl Class {
             grad_slot_bytes: section.grad_slot_bytes,
             members: Vec::new(),
             slotted: Vec::new(),
+            own: Vec::new(),
             param_slots: 0,
             param_slots_min: 0,
             grad_slots: 0,

@@ -1,12 +1,18 @@
 //! What the device holds: what overlap wants, then checkpoints and parameters, then optimizer states.
 
+use super::choose::Keep;
 use super::class::Class;
 use super::{GradHome, Placement, Policy};
 use crate::Error;
 use crate::model::{Model, SectionId, Tier, Timing};
 
 impl Placement {
-    pub(super) fn fill_device(&mut self, model: &Model, budget: u64) -> Result<(), Error> {
+    pub(super) fn fill_device(
+        &mut self,
+        model: &Model,
+        budget: u64,
+        keep: &Keep,
+    ) -> Result<(), Error> {
         let ahead = u64::from(self.options.lookahead);
         if self.options.policy == Policy::Resident {
             self.classes.iter_mut().for_each(|c| {
@@ -37,7 +43,7 @@ impl Placement {
             self.grow(budget, saves.min(1 + ahead), |p| &mut p.act_slots);
         }
         if self.options.policy != Policy::Disk {
-            self.keep_on_device(budget);
+            self.keep_on_device(budget, keep);
         }
         if self.options.timing == Timing::Delayed {
             // A gradient leaves only once new parameters have come through its place in pinned memory.
@@ -54,7 +60,7 @@ impl Placement {
         }
         let all_here = self.classes.iter().all(Class::resident);
         let may = matches!(self.options.policy, Policy::Auto | Policy::Resident);
-        if all_here && may {
+        if all_here && may && keep.states {
             self.keep_optim_on_device(model, budget);
         }
         Ok(())
@@ -71,10 +77,7 @@ impl Placement {
             let mut trial = self.clone();
             trial.give_slot(section);
             if model.grad_span(SectionId(section as u32)).is_some() {
-                trial.grad_home[section] = GradHome::Device;
-                for part in &mut trial.parts[section] {
-                    part.home = Tier::Device;
-                }
+                trial.keep_states(section);
             }
             if trial.device_bytes() <= budget {
                 *self = trial;
@@ -82,11 +85,20 @@ impl Placement {
         }
     }
 
+    /// A section's optimizer states live on the device, and its gradient waits there.
+    pub(super) fn keep_states(&mut self, section: usize) {
+        self.grad_home[section] = GradHome::Device;
+        for part in &mut self.parts[section] {
+            part.home = Tier::Device;
+        }
+    }
+
     /// A section that was to be read in pinned memory gets a slot of its own.
     pub(super) fn give_slot(&mut self, section: usize) {
         let id = SectionId(section as u32);
         let class = &mut self.classes[self.class_of[section]];
-        if class.resident() && !class.slotted.contains(&id) {
+        let has_one = class.slotted.contains(&id) || class.own.contains(&id);
+        if class.resident() && !has_one {
             class.slotted.push(id);
             class.param_slots += 1;
             self.param_home[section] = Tier::Device;
@@ -94,8 +106,22 @@ impl Placement {
     }
 
     /// What the device has room for beyond that: checkpoints first (each byte kept saves two
-    /// moves), the latest first (they wait shortest), then parameters.
-    fn keep_on_device(&mut self, budget: u64) {
+    /// moves), then parameters; or the other way round.
+    fn keep_on_device(&mut self, budget: u64, keep: &Keep) {
+        if keep.acts_first {
+            self.keep_acts_on_device(budget);
+        }
+        for class in 0..self.classes.len() {
+            let slotted = self.classes[class].slotted.len() as u64;
+            self.grow(budget, slotted, |p| &mut p.classes[class].param_slots);
+        }
+        if !keep.acts_first {
+            self.keep_acts_on_device(budget);
+        }
+    }
+
+    /// As many checkpoints as there is room for, the latest first: they wait shortest.
+    fn keep_acts_on_device(&mut self, budget: u64) {
         let savers: Vec<usize> = (0..self.act_home.len())
             .filter(|s| self.act_home[*s].is_some())
             .collect();
@@ -106,10 +132,6 @@ impl Placement {
                 *self = trial;
                 break;
             }
-        }
-        for class in 0..self.classes.len() {
-            let slotted = self.classes[class].slotted.len() as u64;
-            self.grow(budget, slotted, |p| &mut p.classes[class].param_slots);
         }
     }
 

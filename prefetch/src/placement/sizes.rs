@@ -26,7 +26,8 @@ impl Placement {
     pub fn device_bytes(&self) -> u64 {
         let round = |bytes: u64| bytes.next_multiple_of(DEVICE_ALIGN);
         let classes = self.classes.iter().map(|c| {
-            let params = c.param_slots.saturating_mul(round(c.param_bytes));
+            let slots = c.param_slots.saturating_add(c.own.len() as u64);
+            let params = slots.saturating_mul(round(c.param_bytes));
             params.saturating_add(c.grad_slots.saturating_mul(round(c.grad_slot_bytes)))
         });
         let here = self
@@ -146,6 +147,7 @@ impl Placement {
                 },
                 pool(PoolKind::ParamStage, self.param_stage[index]),
                 pool(PoolKind::GradStage, self.grad_stage[index]),
+                pool(PoolKind::OwnSlot, class.own.len() as u64),
             ]);
         }
         pools

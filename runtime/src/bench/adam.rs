@@ -226,6 +226,28 @@ fn measure(size: u64, mut passes: impl FnMut(u32)) -> Slice {
     }
 }
 
+/// Parameters that the optimizer updates in a second, without the log of what it overwrites and with it: the best
+/// of a few passes over so many parameters, or as many as fit into an eighth of what is free.
+pub(crate) fn rates(threads: usize, elements: u64) -> Result<[f64; 2]> {
+    let most = machine::free_memory() / 8 / (2 * ROOM);
+    let size = elements.min(most).max(1);
+    let workers = Workers::new(threads, "fb-rates").map_err(Error::system("starting threads"))?;
+    let log_size = log_bytes(size as usize) as u64;
+    let arena = Arena::new(ROOM * size + log_size + 6 * 4096)?;
+    let mut memory = Memory::new(&arena, size)?;
+    let mut log = arena.lease(log_size)?;
+    log.fill(0);
+    let mut best = |log: &mut [u8]| {
+        let rate = |_| {
+            let start = Instant::now();
+            memory.ours(&workers, log, 1);
+            size as f64 / start.elapsed().as_secs_f64()
+        };
+        (0..3).map(rate).fold(0.0, f64::max)
+    };
+    Ok([best(&mut []), best(&mut log)])
+}
+
 pub(super) struct Memory {
     states: [forebay_pinned::Slab; 3],
     grad: forebay_pinned::Slab,
@@ -313,6 +335,12 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn updates_that_log_are_no_faster_by_much_and_both_have_a_rate() {
+        let [plain, logged] = rates(1, 4 << 20).unwrap();
+        assert!(logged > 1e6 && logged < 1.5 * plain, "{plain} {logged}");
+    }
 
     #[test]
     fn a_small_size_gives_plausible_rates_and_one_that_does_not_fit_is_left_out() {

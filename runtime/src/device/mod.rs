@@ -154,4 +154,4 @@ pub(crate) trait Device: Send {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

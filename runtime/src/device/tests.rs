@@ -337,7 +337,7 @@ fn a_copy_outside_the_budget_never_starts() {
 }
 
 #[path = "../../../tests/stub/harness.rs"]
-mod harness;
+pub(crate) mod harness;
 
 /// All of the above, on the `cuda` device, with no GPU: on a stub of CUDA, in many legal orders.
 #[test]

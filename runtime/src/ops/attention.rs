@@ -19,6 +19,10 @@ impl Operation for Forward {
         "attention"
     }
 
+    fn flops(&self) -> u64 {
+        flops(self.0, 2)
+    }
+
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
         let (q, k, v) = (args.input()?, args.input()?, args.input()?);
         let (out, lse, scratch) = (args.output()?, args.output()?, args.output()?);
@@ -36,12 +40,22 @@ impl Operation for Forward {
     }
 }
 
+/// Of so many products of scores: half of each is masked.
+fn flops(shape: AttentionShape, products: usize) -> u64 {
+    let pairs = shape.batch * shape.heads * shape.seq * shape.seq;
+    (products * pairs * shape.head_dim) as u64
+}
+
 #[derive(Clone, Copy)]
 struct Backward(AttentionShape);
 
 impl Operation for Backward {
     fn name(&self) -> &'static str {
         "attention_backward"
+    }
+
+    fn flops(&self) -> u64 {
+        flops(self.0, 5)
     }
 
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {

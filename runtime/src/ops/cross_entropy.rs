@@ -23,6 +23,12 @@ impl Operation for CrossEntropy {
         "cross_entropy"
     }
 
+    fn flops(&self) -> u64 {
+        let products = if self.grads { 3 } else { 1 };
+        let dims = self.dims;
+        2 * (products * dims.tokens * dims.vocabulary * dims.hidden) as u64
+    }
+
     fn sets(&self) -> Option<usize> {
         self.grads.then_some(3)
     }

@@ -32,6 +32,11 @@ impl Operation for Linear {
         }
     }
 
+    fn flops(&self) -> u64 {
+        let (tokens, outputs, inputs) = self.dims;
+        2 * (tokens * outputs * inputs) as u64
+    }
+
     fn sets(&self) -> Option<usize> {
         matches!(self.which, Which::Dw).then_some(0)
     }

@@ -17,6 +17,8 @@ pub struct Footprint {
     pub scratch_bytes: u64,
     /// Token ids uploaded in one step.
     pub input_bytes: u64,
+    /// Floating-point operations of its matrix products: not bytes, and not demanded.
+    pub flops: u64,
 }
 
 impl Footprint {
@@ -26,6 +28,7 @@ impl Footprint {
         Self {
             scratch_bytes: self.scratch_bytes.max(other.scratch_bytes),
             input_bytes: self.input_bytes.max(other.input_bytes),
+            flops: self.flops.max(other.flops),
         }
     }
 }
@@ -68,6 +71,7 @@ pub fn footprint(
     let mut dry = Dry {
         target,
         input_bytes: 0,
+        flops: 0,
     };
     let step = Step::new(&mut dry, &mut scratch, model, pass.stages(model));
     walk(&step)?;
@@ -75,12 +79,14 @@ pub fn footprint(
     Ok(Footprint {
         scratch_bytes: scratch.peak(),
         input_bytes: dry.input_bytes,
+        flops: dry.flops,
     })
 }
 
 struct Dry {
     target: Target,
     input_bytes: u64,
+    flops: u64,
 }
 
 impl Driver for Dry {
@@ -96,6 +102,9 @@ impl Driver for Dry {
     }
     fn saved(&self, saver: StageId) -> u64 {
         (1 << 60) + (u64::from(saver.0) << 36)
+    }
+    fn foresee(&mut self, flops: u64) {
+        self.flops += flops;
     }
     fn launch(&mut self, _: Launch) -> Result<()> {
         Ok(())

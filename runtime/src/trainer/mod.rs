@@ -9,6 +9,7 @@ mod norm;
 mod on_device;
 mod options;
 mod places;
+mod rates;
 mod report;
 mod scratch;
 mod states;
@@ -24,6 +25,7 @@ pub use options::{
     Adagrad, AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Lamb, Lion, Moment, Optimizer,
     Options, Policy, Publish, Sgd, Target, Updates,
 };
+pub use rates::DeviceKeeps;
 pub use report::{AheadReport, Ceilings, HopReport, PublishCost, Report, TierReport};
 pub use step::{Finished, Frame, StageLease, Step};
 pub use weights::{RandomInit, Weights};
@@ -143,7 +145,7 @@ impl Trainer {
         check_optimizer(&model, options)?;
         let order_model = model.order();
         let budgets = budgets(options)?;
-        let placement = place(&model, &order_model, footprint, options, budgets)?;
+        let placement = chosen(&model, &order_model, footprint, options, budgets)?;
         let train = Arc::new(Plan::training(&order_model, &placement)?);
         let model = Arc::new(model);
         // Before anything is made that would be left behind.
@@ -435,6 +437,25 @@ fn budgets(options: &Options) -> Result<order::Budgets> {
     })
 }
 
+/// A trainer's placement, with rates measured for it where none were given.
+fn chosen(
+    model: &Model,
+    order_model: &order::Model,
+    footprint: Footprint,
+    options: &Options,
+    budgets: order::Budgets,
+) -> Result<Placement> {
+    let usual = place(model, order_model, footprint, options, budgets)?;
+    let Some(rates) = rates::unasked(options, model, footprint, &usual) else {
+        return Ok(usual);
+    };
+    let options = Options {
+        rates: Some(rates),
+        ..options.clone()
+    };
+    place(model, order_model, footprint, &options, budgets)
+}
+
 fn place(
     model: &Model,
     order_model: &order::Model,
@@ -477,6 +498,7 @@ fn place(
         undo_grad_bytes,
         optim_bytes: format.bytes(),
         split: options.split_master,
+        rates: options.rates,
     };
     Ok(order::place(order_model, budgets, &place_options)?)
 }

@@ -7,6 +7,7 @@ pub use forebay_kernels::cpu::{Adagrad, AdamW, Lamb, Lion, Moment, Optimizer, Sg
 use forebay_kernels::cpu::{Master, StateFormat};
 pub use forebay_nvme::IoChoice;
 use forebay_nvme::medium::Medium;
+use forebay_prefetch::PlaceRates;
 pub use forebay_prefetch::Policy;
 
 use crate::error::Result;
@@ -95,6 +96,11 @@ pub struct Options {
     pub disk: Vec<PathBuf>,
     /// Where states may live.
     pub placement: Policy,
+    /// How fast this machine is ([`Ceilings::rates`](crate::Ceilings::rates)), for [`Policy::Auto`] to choose by what
+    /// the device keeps. With `None` that is measured when the trainer opens, if there is a GPU, a model of 64 Mi
+    /// parameters or more, and no work for the disk; else the device keeps checkpoints first, then parameters,
+    /// then optimizer states.
+    pub rates: Option<PlaceRates>,
     /// Stages by which copies to the device run ahead of compute; reads from disk run one more
     /// ahead. 0 turns overlap off.
     pub lookahead: u32,
@@ -172,6 +178,7 @@ impl Options {
             pinned_budget: None,
             disk: disk.into_iter().collect(),
             placement: Policy::Auto,
+            rates: None,
             lookahead: 2,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             bind_threads: false,

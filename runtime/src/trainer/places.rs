@@ -94,7 +94,7 @@ impl Places {
         for pool in placement.pools() {
             let on_device = matches!(
                 pool.kind,
-                PoolKind::ActSlot | PoolKind::ParamSlot | PoolKind::GradSlot
+                PoolKind::ActSlot | PoolKind::ParamSlot | PoolKind::OwnSlot | PoolKind::GradSlot
             );
             let (devices, pinned) = if on_device {
                 (pool.buffers, 0)

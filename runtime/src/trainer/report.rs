@@ -7,6 +7,7 @@ use forebay_kernels::cpu::{self, Exchange, Isa, Workers};
 use forebay_pinned::Arena;
 use forebay_prefetch::{Bound, Lane, Rates, Traffic, bound};
 
+use super::rates::DeviceKeeps;
 use super::{Options, Trainer, Updates};
 use crate::bench::pcie;
 use crate::error::{Error, Result};
@@ -198,6 +199,8 @@ pub struct Report {
     pub ahead: AheadReport,
     /// Bytes that a step moves by plan.
     pub traffic: Traffic,
+    /// What the device has room for.
+    pub keeps: DeviceKeeps,
     /// Mean seconds of compute, by stage.
     pub stage_s: Vec<f64>,
     /// Bytes that the disk was asked for and did, since the store was opened and in its life.
@@ -276,6 +279,7 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         },
         ahead: engine.ahead.report,
         traffic: Traffic::of(engine.plan()),
+        keeps: DeviceKeeps::of(&trainer.model.order(), &engine.placement),
         stage_s: telemetry.stage_means(),
         disk_stats: stats,
         plan: std::sync::Arc::clone(engine.plan()),

@@ -40,6 +40,8 @@ pub(crate) trait Driver {
     fn grad(&self, section: SectionId) -> u64;
     /// Where the stage saves its activation checkpoint.
     fn saved(&self, saver: StageId) -> u64;
+    /// What the next operation computes; only a dry run wants to know.
+    fn foresee(&mut self, _flops: u64) {}
     /// Queues an operation.
     fn launch(&mut self, launch: Launch) -> Result<()>;
     /// Queues a copy within the device.
@@ -286,6 +288,7 @@ impl<'t> Step<'t> {
     ) -> Result<()> {
         let mut launch = Launch::new(operation, inputs, outputs)?;
         let mut core = self.core.borrow_mut();
+        core.driver.foresee(operation.flops());
         let Core {
             driver, scratch, ..
         } = &mut *core;

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use forebay::bench::traffic;
 use forebay::{
-    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Options, Policy, Publish,
-    RandomInit, Report, Result, Target, Trainer, Updates, requirements,
+    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Footprint, Options, PlaceRates,
+    Policy, Publish, RandomInit, Report, Result, Target, Trainer, Updates, requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder};
 use serde_json::json;
@@ -27,6 +27,9 @@ pub(crate) struct Step {
     /// Pieces in which a layer takes the batch; gradients add up
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     micro_batches: u32,
+    /// Layers for each activation checkpoint; those between are computed again
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    checkpoint_every: u32,
     /// Tokens in a sequence [default: 1024, for the small model 128]
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     seq: Option<u32>,
@@ -159,6 +162,8 @@ impl Step {
             None
         };
         options.device_budget.get_or_insert(takes.device_bytes / 2);
+        progress("rates of this machine");
+        options.rates = rates(&options, &decoder, footprint, resident.as_ref())?;
         let pinned = needs(&options)?.pinned_bytes.min(machine.pinned_bytes);
         options.pinned_budget.get_or_insert(pinned);
         let plan = |report: &Report| traffic::Plan {
@@ -247,6 +252,7 @@ impl Step {
         };
         let dtype = self.dtype.unwrap_or(usual);
         Decoder::compute_in(dtype, config, self.batch as usize, self.seq(target))?
+            .with_checkpoints_every(self.checkpoint_every as usize)?
             .in_micro_batches(self.micro_batches as usize)
     }
 
@@ -364,6 +370,7 @@ impl Step {
             )
         });
         line("  forward and backward", ours.alone_s, against);
+        println!("the device has room for {}", ours.report.keeps);
         println!("the optimizer's threads: {}", ours.report.threads);
         let [device, pinned, _] = &ours.report.tiers;
         println!(
@@ -393,6 +400,11 @@ fn object(found: &Found) -> serde_json::Value {
         json!({
             "step_s": reached.step_s,
             "forward_backward_s": reached.alone_s,
+            "device_keeps": {
+                "params": reached.report.keeps.params,
+                "checkpoints": reached.report.keeps.checkpoints,
+                "optim": reached.report.keeps.optim,
+            },
             "device_peak_bytes": device.peak_bytes,
             "pinned_peak_bytes": pinned.peak_bytes,
             "ahead_steps": reached.report.ahead.steps,
@@ -423,6 +435,25 @@ fn object(found: &Found) -> serde_json::Value {
         "bound_by": bound_by,
         "offloaded": reached(&found.ours),
     })
+}
+
+/// What the placement of the offloaded step is chosen by; of the GPU itself, what the resident step took.
+fn rates(
+    options: &Options,
+    decoder: &Decoder,
+    footprint: Footprint,
+    resident: Option<&Reached>,
+) -> Result<Option<PlaceRates>> {
+    let model = decoder.model();
+    let mut rates = Ceilings::measure(options, model.dtype())?.rates(options, model, footprint)?;
+    if let (Some(rates), Some(resident)) = (&mut rates, resident) {
+        rates.compute_s = resident.alone_s;
+        let update_s = resident.step_s - resident.alone_s;
+        if update_s > 0.0 {
+            rates.device_update = model.elements() as f64 / update_s;
+        }
+    }
+    Ok(rates)
 }
 
 /// The disk's traffic has no ceiling here.

@@ -17,6 +17,7 @@ use forebay_kernels::cuda::{
 use super::gpu::{BareStream, DeviceMemory, Gpu, failed};
 use crate::error::{Error, Result};
 use crate::nvme::bench::median;
+use crate::tensor::DType;
 use cases::{Case, Done, Fill, Places};
 
 /// The shapes of a decoder and of a step.
@@ -112,7 +113,7 @@ pub fn run(shapes: Shapes, launches: u32, progress: &mut dyn FnMut(&str)) -> Res
     let found = probe().and_then(|found| libraries().map(|()| found));
     let found = found.map_err(failed("kernels"))?;
     progress("compiling kernels");
-    let bench = Bench::new(launches.max(1)).map_err(failed("kernels"))?;
+    let bench = Bench::new(launches.max(1), COPY, Element::Bf16).map_err(failed("kernels"))?;
     progress("ceilings");
     let (copy, product) = bench.ceilings().map_err(failed("the ceilings"))?;
     let mut timed = Vec::new();
@@ -159,8 +160,20 @@ const TURNS: usize = 512 << 20;
 /// Launches that are not counted.
 const WARM: usize = 5;
 
+/// Operations per second of a product of `n` cubed in this type, by a few launches.
+pub(crate) fn product_rate(dtype: DType, n: usize) -> Result<f64> {
+    let found = probe().and_then(|_| libraries());
+    found.map_err(failed("a product"))?;
+    let rate = Bench::new(8, NOISE, dtype.element()).and_then(|bench| bench.product(n));
+    rate.map_err(failed("a product"))
+}
+
 struct Bench {
     launches: usize,
+    /// The type that products compute in.
+    element: Element,
+    /// Bytes of the copy.
+    copied: usize,
     kernels: Compiled,
     stream: BareStream,
     /// Random values, and the same without signs.
@@ -171,7 +184,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(launches: u32) -> Result<Self, CudaError> {
+    fn new(launches: u32, copied: usize, element: Element) -> Result<Self, CudaError> {
         let gpu = Gpu::new()?;
         let memory = |bytes: usize| DeviceMemory::new(&gpu, bytes as u64);
         let fault = memory(16)?;
@@ -181,14 +194,16 @@ impl Bench {
             kernels: Compiled::new(gpu.device, fault.address())?,
             stream: BareStream::new(&gpu)?,
             noise: [memory(NOISE)?, memory(NOISE)?],
-            copy: [memory(COPY)?, memory(COPY)?],
+            copy: [memory(copied)?, memory(copied)?],
+            element,
+            copied,
             fault,
             gpu: Rc::clone(&gpu),
         };
         for (memory, mask) in bench.noise.iter().zip([u16::MAX, u16::MAX >> 1]) {
             upload(memory, 0, &values(mask))?;
         }
-        bench.fill(bench.copy[0].address(), COPY, &bench.noise[0])?;
+        bench.fill(bench.copy[0].address(), copied, &bench.noise[0])?;
         bench.stream.synchronize()?;
         Ok(bench)
     }
@@ -197,7 +212,7 @@ impl Bench {
         Queue {
             kernels: &self.kernels,
             stream: self.stream.stream,
-            element: Element::Bf16,
+            element: self.element,
         }
     }
 
@@ -217,10 +232,14 @@ impl Bench {
     /// Bytes per second of a copy, and operations per second of a product.
     fn ceilings(&self) -> Result<(f64, f64), CudaError> {
         let (from, to) = (self.copy[0].address(), self.copy[1].address());
-        let copy = self.time(&mut |_| self.copy_within(from, to, COPY))?;
-        const N: usize = 8192;
-        let dims = (N, N, N);
-        let bytes = N * N * 2;
+        let copy = self.time(&mut |_| self.copy_within(from, to, self.copied))?;
+        Ok((2.0 * self.copied as f64 / copy, self.product(8192)?))
+    }
+
+    /// Operations per second of a product of `n` cubed.
+    fn product(&self, n: usize) -> Result<f64, CudaError> {
+        let dims = (n, n, n);
+        let bytes = n * n * self.element.bytes();
         let all = [Fill::Noise(bytes), Fill::Noise(bytes), Fill::Room(bytes)];
         let room = Fill::Room(linear_scratch(dims));
         let operands = self.operands(&[&all[..], &[room]].concat())?;
@@ -229,8 +248,7 @@ impl Bench {
         let forward = self.time(&mut |q| unsafe { linear(q, dims, a, b, d, room) })?;
         // SAFETY: as above.
         let other = self.time(&mut |q| unsafe { linear_dx(q, dims, [a, b, d], false, room) })?;
-        let flops = 2.0 * (N as f64).powi(3);
-        Ok((2.0 * COPY as f64 / copy, flops / forward.min(other)))
+        Ok(2.0 * (n as f64).powi(3) / forward.min(other))
     }
 
     fn time_case(&self, case: &Case) -> Result<f64, CudaError> {
@@ -249,7 +267,7 @@ impl Bench {
         }
         // While these run all launches are queued, so that none waits for the CPU.
         for _ in 0..3 {
-            self.copy_within(self.copy[0].address(), self.copy[1].address(), COPY)?;
+            self.copy_within(self.copy[0].address(), self.copy[1].address(), self.copied)?;
         }
         let mut moments = Vec::with_capacity(self.launches);
         for _ in 0..self.launches {
@@ -366,6 +384,21 @@ fn ids(count: usize, below: usize) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::tests::harness;
+
+    #[test]
+    fn a_product_has_a_rate_in_both_types_on_the_stub_of_cuda_too() {
+        if std::env::var_os(harness::INSIDE).is_none() {
+            let own =
+                "bench::kernels::tests::a_product_has_a_rate_in_both_types_on_the_stub_of_cuda_too";
+            harness::run(own, None, &[("FOREBAY_STUB_MEMORY", "2000000000")]).unwrap();
+            return;
+        }
+        for dtype in [DType::F32, DType::Bf16] {
+            let rate = product_rate(dtype, 64).unwrap();
+            assert!(rate > 0.0 && rate.is_finite(), "{rate}");
+        }
+    }
 
     #[test]
     fn noise_is_finite_both_ways_and_not_zero() {
