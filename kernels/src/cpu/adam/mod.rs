@@ -19,7 +19,7 @@ mod traffic;
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::isa::Isa;
 use super::shared::Shared;
@@ -166,6 +166,29 @@ pub enum Exchange<'a> {
         /// Written.
         param: &'a mut [f32],
     },
+    /// Both in f16.
+    F16 {
+        /// Read.
+        grad: &'a [f16],
+        /// Written.
+        param: &'a mut [f16],
+    },
+    /// Both in f16; the parameter replaces the gradient.
+    InPlaceF16(&'a mut [f16]),
+    /// Gradient in f32, parameter in f16.
+    F32ToF16 {
+        /// Read.
+        grad: &'a [f32],
+        /// Written.
+        param: &'a mut [f16],
+    },
+    /// Gradient in f16, parameter in f32.
+    F16ToF32 {
+        /// Read.
+        grad: &'a [f16],
+        /// Written.
+        param: &'a mut [f32],
+    },
 }
 
 impl States<'_> {
@@ -189,6 +212,10 @@ impl Exchange<'_> {
             Self::InPlaceBf16(both) => Exchange::InPlaceBf16(both),
             Self::F32ToBf16 { grad, param } => Exchange::F32ToBf16 { grad, param },
             Self::Bf16ToF32 { grad, param } => Exchange::Bf16ToF32 { grad, param },
+            Self::F16 { grad, param } => Exchange::F16 { grad, param },
+            Self::InPlaceF16(both) => Exchange::InPlaceF16(both),
+            Self::F32ToF16 { grad, param } => Exchange::F32ToF16 { grad, param },
+            Self::F16ToF32 { grad, param } => Exchange::F16ToF32 { grad, param },
         }
     }
 
@@ -200,6 +227,10 @@ impl Exchange<'_> {
             Self::InPlaceBf16(both) => (both.len(), both.len()),
             Self::F32ToBf16 { grad, param } => (grad.len(), param.len()),
             Self::Bf16ToF32 { grad, param } => (grad.len(), param.len()),
+            Self::F16 { grad, param } => (grad.len(), param.len()),
+            Self::InPlaceF16(both) => (both.len(), both.len()),
+            Self::F32ToF16 { grad, param } => (grad.len(), param.len()),
+            Self::F16ToF32 { grad, param } => (grad.len(), param.len()),
         }
     }
 }
@@ -245,6 +276,10 @@ enum Sides<'a> {
     InPlaceBf16(Shared<'a, bf16>),
     F32ToBf16(&'a [f32], Shared<'a, bf16>),
     Bf16ToF32(&'a [bf16], Shared<'a, f32>),
+    F16(&'a [f16], Shared<'a, f16>),
+    InPlaceF16(Shared<'a, f16>),
+    F32ToF16(&'a [f32], Shared<'a, f16>),
+    F16ToF32(&'a [f16], Shared<'a, f32>),
 }
 
 impl Sides<'_> {
@@ -252,7 +287,7 @@ impl Sides<'_> {
     fn bytes_in_place(&self) -> usize {
         match self {
             Self::InPlaceF32(_) => 4,
-            Self::InPlaceBf16(_) => 2,
+            Self::InPlaceBf16(_) | Self::InPlaceF16(_) => 2,
             _ => 0,
         }
     }
@@ -281,6 +316,10 @@ impl<'a> Pieces<'a> {
             Exchange::InPlaceBf16(both) => Sides::InPlaceBf16(Shared::new(both)),
             Exchange::F32ToBf16 { grad, param } => Sides::F32ToBf16(grad, Shared::new(param)),
             Exchange::Bf16ToF32 { grad, param } => Sides::Bf16ToF32(grad, Shared::new(param)),
+            Exchange::F16 { grad, param } => Sides::F16(grad, Shared::new(param)),
+            Exchange::InPlaceF16(both) => Sides::InPlaceF16(Shared::new(both)),
+            Exchange::F32ToF16 { grad, param } => Sides::F32ToF16(grad, Shared::new(param)),
+            Exchange::F16ToF32 { grad, param } => Sides::F16ToF32(grad, Shared::new(param)),
         };
         Self {
             master: Shared::new(states.master),
@@ -322,8 +361,18 @@ impl<'a> Pieces<'a> {
                 Sides::Bf16ToF32(grad, param) => {
                     visitor.apart(states, &grad[range.clone()], param.piece(range))
                 }
+                Sides::F16(grad, param) => {
+                    visitor.apart(states, &grad[range.clone()], param.piece(range))
+                }
+                Sides::F32ToF16(grad, param) => {
+                    visitor.apart(states, &grad[range.clone()], param.piece(range))
+                }
+                Sides::F16ToF32(grad, param) => {
+                    visitor.apart(states, &grad[range.clone()], param.piece(range))
+                }
                 Sides::InPlaceF32(both) => visitor.in_place(states, both.piece(range)),
                 Sides::InPlaceBf16(both) => visitor.in_place(states, both.piece(range)),
+                Sides::InPlaceF16(both) => visitor.in_place(states, both.piece(range)),
             }
         }
     }

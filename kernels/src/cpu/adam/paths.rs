@@ -4,15 +4,17 @@
 //! function is compiled for, each correctly rounded as the scalar one; there are no intrinsics to
 //! keep in step.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::past_caches::{self, Line};
 use super::{AdamScalars, element};
-use crate::cpu::cast::round_to_bf16;
+use crate::cpu::cast::{round_to_bf16, round_to_f16, widen_f16};
 use crate::cpu::isa::Isa;
 
 /// A type in which gradients come and parameters leave.
 pub(super) trait Value: bytemuck::Pod {
+    /// Whether it is f16: of two types of two bytes.
+    const F16: bool = false;
     fn get(self) -> f32;
     fn put(value: f32) -> Self;
 }
@@ -36,6 +38,18 @@ impl Value for bf16 {
     #[inline(always)]
     fn put(value: f32) -> Self {
         round_to_bf16(value)
+    }
+}
+
+impl Value for f16 {
+    const F16: bool = true;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        widen_f16(self)
+    }
+    #[inline(always)]
+    fn put(value: f32) -> Self {
+        round_to_f16(value)
     }
 }
 
