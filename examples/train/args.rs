@@ -30,7 +30,7 @@ pub(crate) struct Args {
     /// A Llama of this size instead: 125m, 350m, 1.3b, 3b, 7b, 10b or 13b
     #[arg(long, conflicts_with = "config")]
     pub(crate) preset: Option<String>,
-    /// Type of parameters and activations, bf16 or fp32 [default: bf16 on a GPU, fp32 on the host
+    /// Type of parameters and activations, bf16, fp16 or fp32 [default: bf16 on a GPU, fp32 on the host
     /// device]; masters, moments and sums are fp32
     #[arg(long)]
     pub(crate) dtype: Option<DType>,

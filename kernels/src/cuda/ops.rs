@@ -373,7 +373,7 @@ pub fn cross_entropy_scratch(element: Element, dims: ClassifierDims) -> usize {
     let (tile, pitch) = classifier_tile(dims);
     let low = match element {
         Element::F32 => 0,
-        Element::Bf16 => (tile * pitch * 2).next_multiple_of(256),
+        Element::Bf16 | Element::F16 => (tile * pitch * 2).next_multiple_of(256),
     };
     workspace((tile, dims.hidden, pitch))
         + (tile * pitch * 4).next_multiple_of(256)
@@ -411,7 +411,7 @@ pub unsafe fn cross_entropy(
     let after = logits + (tile * pitch * 4).next_multiple_of(256) as u64;
     let (dlogits, losses) = match q.element {
         Element::F32 => (logits, after),
-        Element::Bf16 => (
+        Element::Bf16 | Element::F16 => (
             after,
             after + (tile * pitch * 2).next_multiple_of(256) as u64,
         ),
@@ -479,16 +479,18 @@ pub unsafe fn cross_entropy(
     }
 }
 
-/// Casts n elements.
+/// Casts n elements from the type `from.1`, which is f32 where the queue's is not, to the queue's.
 ///
 /// # Safety
 /// See [`add`].
-pub unsafe fn cast(q: Queue<'_>, from: u64, to: u64, n: usize) -> Done {
-    let name = match q.element {
-        Element::Bf16 => "cast_to_bf16",
-        Element::F32 => "cast_to_float",
+pub unsafe fn cast(q: Queue<'_>, from: (u64, Element), to: u64, n: usize) -> Done {
+    let name = match (from.1, q.element) {
+        (_, Element::Bf16) => "cast_to_bf16",
+        (_, Element::F16) => "cast_to_f16",
+        (Element::F16, Element::F32) => "cast_f16_to_float",
+        (_, Element::F32) => "cast_to_float",
     };
-    let mut args = Args::new().with(from).with(to).with(n as u64);
+    let mut args = Args::new().with(from.0).with(to).with(n as u64);
     let grid = q.kernels.blocks(n.div_ceil(8));
     // SAFETY: as the kernel takes them.
     unsafe {
@@ -515,6 +517,12 @@ pub unsafe fn adamw(
         (Element::F32, Element::Bf16) => "adamw_float_bf16",
         (Element::Bf16, Element::Bf16) => "adamw_bf16_bf16",
         (Element::Bf16, Element::F32) => "adamw_bf16_float",
+        (Element::F32, Element::F16) => "adamw_float_f16",
+        (Element::F16, Element::F16) => "adamw_f16_f16",
+        (Element::F16, Element::F32) => "adamw_f16_float",
+        (Element::Bf16, Element::F16) | (Element::F16, Element::Bf16) => {
+            unreachable!("a model has one type of two bytes")
+        }
     };
     let args = Args::new().with(scalars.as_array());
     let args = args.with(u32::from(scalars.is_unchanged())).with(grad.0);

@@ -8,7 +8,7 @@ use forebay_kernels::cpu::{
 };
 use forebay_kernels::cuda::ops::{self as cuda, SQUARE_SUMS};
 use forebay_prefetch::{SectionId, Task, TaskRef};
-use half::bf16;
+use half::{bf16, f16};
 
 use super::engine::{Engine, Sign};
 use crate::device::{Span, Stream};
@@ -31,6 +31,7 @@ impl Operation for SquareSum {
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
         let values = match self.0 {
             DType::Bf16 => NormIn::Bf16(args.input::<bf16>()?),
+            DType::F16 => NormIn::F16(args.input::<f16>()?),
             DType::F32 | DType::U32 => NormIn::F32(args.input::<f32>()?),
         };
         let bits = square_sum(&cx.workers, values).sum.to_bits();
@@ -63,22 +64,24 @@ impl Operation for Update {
     }
 
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
-        let bf16 = self.dtype == DType::Bf16;
         let states = States {
             master: args.output()?,
             m: args.output()?,
             v: args.output()?,
         };
-        let exchange = if bf16 {
-            Exchange::Bf16 {
+        let exchange = match self.dtype {
+            DType::Bf16 => Exchange::Bf16 {
                 grad: args.input()?,
                 param: args.output()?,
-            }
-        } else {
-            Exchange::F32 {
+            },
+            DType::F16 => Exchange::F16 {
                 grad: args.input()?,
                 param: args.output()?,
-            }
+            },
+            DType::F32 | DType::U32 => Exchange::F32 {
+                grad: args.input()?,
+                param: args.output()?,
+            },
         };
         adamw_parallel(&cx.workers, Isa::best(), &self.scalars, states, exchange);
         Ok(())

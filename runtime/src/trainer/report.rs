@@ -115,6 +115,7 @@ fn adam_rate(threads: usize, dtype: DType) -> Result<f64> {
         };
         let exchange = match dtype {
             DType::Bf16 => Exchange::InPlaceBf16(bytemuck::cast_slice_mut(both)),
+            DType::F16 => Exchange::InPlaceF16(bytemuck::cast_slice_mut(both)),
             DType::F32 | DType::U32 => Exchange::InPlaceF32(bytemuck::cast_slice_mut(both)),
         };
         adamw_parallel(&workers, Isa::best(), &scalars, states, exchange);

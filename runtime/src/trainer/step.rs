@@ -248,12 +248,12 @@ impl<'t> Step<'t> {
         self.core.borrow_mut().driver.loss(loss.view)
     }
 
-    /// Copies a tensor of f32 or bf16 to the host, waiting for all that was queued: for logits and
+    /// Copies a tensor of f32, bf16 or f16 to the host, waiting for all that was queued: for logits and
     /// tests, not for the path of a step.
     ///
     /// # Errors
     /// [`Error::Shape`] if `out` has another length or the type is another; [`Error::Scratch`], for
-    /// bf16 is cast on the device; the device's failure.
+    /// what is not f32 is cast on the device; the device's failure.
     pub fn read(&self, tensor: &Tensor<'_>, out: &mut [f32]) -> Result<()> {
         if tensor.shape().elements() != out.len() || tensor.dtype() == DType::U32 {
             let what = format!("{tensor:?} does not fit {} f32 values", out.len());
@@ -277,7 +277,7 @@ impl<'t> Step<'t> {
     ///
     /// # Errors
     /// [`Error::Shape`] if an output overlaps another tensor of the call. [`Error::Scratch`], for on
-    /// the host device bf16 tensors are widened for the operation.
+    /// the host device bf16 and f16 tensors are widened for the operation.
     pub fn launch<O: Operation>(
         &self,
         operation: O,

@@ -346,7 +346,7 @@ fn states(s: Shapes, all: &mut Vec<Case>) {
         launches: parts,
         run: Box::new(move |q, &[from, to, ..]| {
             // SAFETY: as for `linear`.
-            unsafe { ops::cast(q, from, to, n) }
+            unsafe { ops::cast(q, (from, Element::F32), to, n) }
         }),
     });
     // The two below are the CPU's where states are offloaded.
