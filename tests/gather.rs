@@ -114,6 +114,7 @@ fn walk(step: &Step<'_>, pass: Pass, seed: u64) -> Result<f32> {
             return Ok(value[0]);
         }
         let grads = ClassifierGrads {
+            loss_scale: step.loss_scale()?,
             dx: dx.reborrow(),
             dweight: lease.grad(HEAD, "w")?,
         };

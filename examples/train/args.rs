@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use forebay::{Ahead, Bytes, DType, DeviceChoice, Policy, Target};
+use forebay::{Ahead, Bytes, DType, DeviceChoice, LossScale, Policy, Target};
 use serde::{Deserialize, Serialize};
 
 /// Train a decoder on text, its states spread over device memory, page-locked host memory and disk.
@@ -34,6 +34,10 @@ pub(crate) struct Args {
     /// device]; masters, moments and sums are fp32
     #[arg(long)]
     pub(crate) dtype: Option<DType>,
+    /// By what gradients are multiplied on their way, so that small ones are not lost: none, dynamic (halved when
+    /// they overflow, doubled after 2000 steps without), or a power of two [default: dynamic in fp16, else none]
+    #[arg(long)]
+    pub(crate) loss_scale: Option<LossScale>,
     /// Files and folders of text; by default this project's own sources and documents
     #[arg(long, num_args = 1..)]
     pub(crate) data: Vec<PathBuf>,
@@ -154,6 +158,9 @@ pub(crate) struct Recipe {
     /// What the model computes in.
     #[serde(default = "fp32")]
     pub(crate) dtype: String,
+    /// As --loss-scale takes it.
+    #[serde(default = "auto")]
+    pub(crate) loss_scale: String,
 }
 
 fn one() -> u32 {
@@ -162,6 +169,10 @@ fn one() -> u32 {
 
 fn fp32() -> String {
     DType::F32.to_string()
+}
+
+fn auto() -> String {
+    LossScale::Auto.to_string()
 }
 
 impl Default for Recipe {
@@ -178,6 +189,7 @@ impl Default for Recipe {
             weight_decay: 0.1,
             clip: 1.0,
             dtype: fp32(),
+            loss_scale: auto(),
         }
     }
 }
@@ -209,6 +221,7 @@ impl Recipe {
             weight_decay: args.weight_decay.unwrap_or(self.weight_decay),
             clip: args.clip.unwrap_or(self.clip),
             dtype: args.dtype.map_or(self.dtype, |dtype| dtype.to_string()),
+            loss_scale: args.loss_scale.map_or(self.loss_scale, |s| s.to_string()),
         };
         for (flag, value) in [
             ("--lr", recipe.lr),
@@ -225,6 +238,10 @@ impl Recipe {
 
     pub(crate) fn dtype(&self) -> Result<DType> {
         self.dtype.parse().map_err(anyhow::Error::msg)
+    }
+
+    pub(crate) fn loss_scale(&self) -> Result<LossScale> {
+        self.loss_scale.parse().map_err(anyhow::Error::msg)
     }
 
     /// The learning rate of a step: linear warm-up, then a cosine down to the floor.

@@ -439,7 +439,7 @@ fn f16_widens_exactly_and_rounds_to_nearest_even_around_each_of_its_values() {
     assert_ne!(half_up(tie).to_bits(), round_to_f16(tie).to_bits());
 }
 
-/// Takes half a minute of a release build: `--ignored`.
+/// Takes a minute of a release build.
 #[test]
 #[ignore = "all four thousand million of them; `cargo test --release -- --ignored every_f32`"]
 fn every_f32_rounds_to_f16_as_the_half_crate_has_it() {

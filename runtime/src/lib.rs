@@ -97,8 +97,8 @@ pub use operation::{
 };
 pub use tensor::{DType, Shape, Tensor, TensorMut};
 pub use trainer::{
-    AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, ExternalStream, Finished, Footprint, Frame,
-    HopReport, IoChoice, Options, Pass, Policy, Publish, PublishCost, RandomInit, Report,
-    StageLease, Step, Target, TierReport, Trainer, Weights, footprint, requirements,
-    stored_user_text,
+    AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, DynamicScale, ExternalStream, Finished,
+    Footprint, Frame, HopReport, IoChoice, LossScale, Options, Pass, Policy, Publish, PublishCost,
+    RandomInit, Report, StageLease, Step, Target, TierReport, Trainer, Weights, footprint,
+    requirements, stored_user_text,
 };

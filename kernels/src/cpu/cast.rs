@@ -40,7 +40,7 @@ pub fn round_to_f16(value: f32) -> f16 {
     let finite = if size < NORMAL { tiny } else { normal };
     let beyond = if size > INFINITE { quiet } else { 0x7c00 };
     let rounded = if size < TOO_LARGE { finite } else { beyond };
-    f16::from_bits((rounded | sign >> 16) as u16)
+    f16::from_bits((rounded | (sign >> 16)) as u16)
 }
 
 /// As f32; exact. NaN becomes quiet.
@@ -58,11 +58,11 @@ pub fn widen_f16(value: f16) -> f32 {
     } else {
         1 << 22
     };
-    let beyond = normal + (112 << 23) | quiet;
+    let beyond = (normal + (112 << 23)) | quiet;
     let exponent = shifted >> 23;
     let finite = if exponent == 0 { tiny } else { normal };
     let wide = if exponent == 31 { beyond } else { finite };
-    f32::from_bits(wide | (bits & 0x8000) << 16)
+    f32::from_bits(wide | ((bits & 0x8000) << 16))
 }
 
 /// Casts a slice.

@@ -388,6 +388,8 @@ pub struct ClassifierGrads {
     pub grads: [u64; 2],
     /// Whether dweight is added to, or set.
     pub add: bool,
+    /// By what both are multiplied, and the loss is not: a loss scale.
+    pub scale: f32,
 }
 
 /// The classifier with its loss: see [`crate::cpu::ops::cross_entropy`].
@@ -433,7 +435,8 @@ pub unsafe fn cross_entropy(
             .with(vocabulary as u32)
             .with(pitch as u64)
             .with(pitch as u64);
-        let args = args.with(scale).with(u32::from(grads.is_some()));
+        let grad_scale = grads.map_or(scale, |grads| scale * grads.scale);
+        let args = args.with(grad_scale).with(u32::from(grads.is_some()));
         let mut args = args.with(q.kernels.fault);
         let name = ("cross_entropy", Some(q.element));
         // SAFETY: by the contract above; tiles lie in scratch.
@@ -444,7 +447,7 @@ pub unsafe fn cross_entropy(
             let grid = [tokens as u32, 1, 1];
             q.kernels
                 .launch(q.stream, name, grid, [1024, 1], 0, &mut args)?;
-            let Some(ClassifierGrads { grads, add }) = grads else {
+            let Some(ClassifierGrads { grads, add, .. }) = grads else {
                 continue;
             };
             let [dx, dweight] = grads;

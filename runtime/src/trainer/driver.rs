@@ -138,6 +138,11 @@ impl Driver for Engine {
         Ok(())
     }
 
+    fn loss_scale(&mut self) -> Result<f64> {
+        let scale = self.scale_of_step();
+        self.sticky(scale)
+    }
+
     fn target(&self) -> Target {
         self.device.target()
     }
@@ -277,6 +282,7 @@ impl Engine {
 
     fn finish_pass(&mut self, ending: Ending) -> Result<Finished> {
         self.walking = false;
+        self.check_scaled(ending)?;
         if let Some((_, task)) = self.stage.take().filter(|_| self.pass == Pass::Train) {
             self.open[(task.step % 2) as usize].ending = Some(ending);
         }

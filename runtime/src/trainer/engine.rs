@@ -14,6 +14,7 @@ use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, Ta
 
 use super::ahead::RunAhead;
 use super::dry::Pass;
+use super::loss_scale::Scaler;
 use super::norm::Resolving;
 use super::options::Publish;
 use super::places::{Places, SlabPlace};
@@ -56,6 +57,8 @@ pub(crate) enum Ending {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OpenStep {
     pub(super) lr: f64,
+    /// Once the trainer has asked: by what the gradient is multiplied.
+    pub(super) loss_scale: Option<f64>,
     /// Once the trainer has ended it: what becomes of its gradient.
     pub(super) ending: Option<Ending>,
     /// Once the norm is known: what the updates use.
@@ -77,6 +80,7 @@ pub(super) struct Parts {
     pub(super) notifier: Arc<Notifier>,
     pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
+    pub(super) scaler: Scaler,
     pub(super) publish: Publish,
     pub(super) ahead: RunAhead,
     pub(super) trace: Option<Trace>,
@@ -101,8 +105,12 @@ pub(crate) struct Engine {
     pub(super) moving: Vec<Moving>,
     pub(super) runs: Vec<Arc<[Run]>>,
     pub(super) open: [OpenStep; 2],
+    /// The newest training step, as the scheduler counts them.
+    pub(super) newest: u64,
     pub(super) adam: AdamW,
     pub(super) clip: Option<f64>,
+    /// As far as norms are known.
+    pub(super) scaler: Scaler,
     pub(super) publish: Publish,
     /// Steps that were applied and not skipped: the count of the bias corrections.
     pub(super) applied: u64,
@@ -156,8 +164,10 @@ impl Engine {
             flying: Vec::with_capacity(2 * tasks),
             moving: Vec::with_capacity(128),
             open: [OpenStep::default(); 2],
+            newest: 0,
             adam: parts.adam,
             clip: parts.clip,
+            scaler: parts.scaler,
             publish: parts.publish,
             ahead: parts.ahead,
             applied: 0,
@@ -200,6 +210,7 @@ impl Engine {
                 lr,
                 ..OpenStep::default()
             };
+            self.newest = step;
             self.steps += 1;
             self.telemetry.begin_step();
         }

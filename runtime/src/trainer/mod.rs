@@ -4,6 +4,7 @@ mod ahead;
 mod driver;
 mod dry;
 mod engine;
+mod loss_scale;
 mod norm;
 mod on_device;
 mod options;
@@ -19,6 +20,7 @@ mod update;
 mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
+pub use loss_scale::{DynamicScale, LossScale};
 pub use options::{
     AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Options, Policy, Publish, Target,
 };
@@ -43,6 +45,7 @@ use crate::queue::{Notifier, WorkQueue};
 use crate::tensor::DType;
 use ahead::RunAhead;
 use engine::{Engine, Parts, key};
+use loss_scale::{ScaleState, Scaler};
 use places::Places;
 use scratch::Scratch;
 use trace::Trace;
@@ -72,6 +75,9 @@ struct Meta {
     steps: u64,
     /// Those that were not skipped.
     applied: u64,
+    /// What decides the next loss scale, if norms do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss_scale: Option<ScaleState>,
     /// The user's text.
     user: String,
 }
@@ -115,6 +121,7 @@ impl Trainer {
         })?;
         trainer.engine.steps = meta.steps;
         trainer.engine.applied = meta.applied;
+        trainer.engine.scaler.restore(meta.loss_scale);
         trainer.user = meta.user;
         trainer.engine.restore()?;
         Ok(trainer)
@@ -123,6 +130,7 @@ impl Trainer {
     fn open(model: Model, footprint: Footprint, options: &Options, resume: bool) -> Result<Self> {
         let target = options.target()?;
         model.validate()?;
+        let scaler = Scaler::new(options.loss_scale, model.dtype)?;
         let order_model = model.order();
         let budgets = budgets(options)?;
         let placement = place(&model, &order_model, footprint, options, budgets)?;
@@ -173,6 +181,7 @@ impl Trainer {
             device,
             adam: options.optimizer,
             clip: options.clip,
+            scaler,
             publish: options.publish,
             ahead: RunAhead::new(options.ahead, undo),
             trace,
@@ -250,6 +259,7 @@ impl Trainer {
         let meta = Meta {
             steps,
             applied,
+            loss_scale: self.engine.scaler.state(),
             user: user.to_owned(),
         };
         let text = serde_json::to_string(&meta).map_err(|e| Error::Misuse(e.to_string()))?;
@@ -263,7 +273,14 @@ impl Trainer {
         self.engine.steps
     }
 
-    /// The global norm of the newest gradient whose norm is known, before clipping.
+    /// By what the next step is to multiply the gradient of its loss, as far as norms are known by now; nothing
+    /// without [loss scaling](Options::loss_scale).
+    pub fn loss_scale(&self) -> Option<f64> {
+        let scaler = &self.engine.scaler;
+        scaler.on().then(|| scaler.scale())
+    }
+
+    /// The global norm of the newest gradient whose norm is known, before clipping and without the loss scale.
     pub fn grad_norm(&self) -> f64 {
         self.engine.last_norm
     }

@@ -8,6 +8,7 @@ pub use forebay_nvme::IoChoice;
 use forebay_nvme::medium::Medium;
 pub use forebay_prefetch::Policy;
 
+use super::loss_scale::LossScale;
 use crate::error::Result;
 pub use crate::target::{DeviceChoice, ExternalStream, Target};
 
@@ -79,6 +80,9 @@ pub struct Options {
     /// The largest global norm of a step's gradient; larger ones are scaled down to it. With
     /// `None`, sections whose states are on disk are updated before the backward pass has ended.
     pub clip: Option<f64>,
+    /// By what steps multiply the gradient of their loss. Where it is not nothing, a step has to ask for it
+    /// ([`Step::loss_scale`](crate::Step::loss_scale)).
+    pub loss_scale: LossScale,
     /// Whether updates run before the norm that `clip` looks at is known.
     pub ahead: Ahead,
     /// Most elements updated in one piece; `None`: a 128th of the model, from 64 Ki to 4 Mi.
@@ -126,6 +130,7 @@ impl Options {
                 weight_decay: 0.1,
             },
             clip: Some(1.0),
+            loss_scale: LossScale::Auto,
             ahead: Ahead::Auto,
             optimizer_chunk: None,
             partitions: 1,

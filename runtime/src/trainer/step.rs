@@ -50,6 +50,8 @@ pub(crate) trait Driver {
     fn loss(&mut self, from: View) -> Result<()>;
     /// Copies to the host and waits.
     fn read(&mut self, from: View, out: &mut [f32]) -> Result<()>;
+    /// By what the gradient of the loss is to be multiplied.
+    fn loss_scale(&mut self) -> Result<f64>;
     /// What operations run on.
     fn target(&self) -> Target;
     /// All stages were left: the loss, once it is known.
@@ -272,6 +274,19 @@ impl<'t> Step<'t> {
         self.core.borrow_mut().driver.read(wide.view, out)
     }
 
+    /// By what this step has to multiply the gradient of its loss, before anything follows from it: a power of two,
+    /// and 1 without [scaling](crate::Options::loss_scale). All gradients of the step are then those of the loss times
+    /// this; norms and updates divide by it. The loss that is reported is not multiplied.
+    ///
+    /// Where the scale depends on the norm of the step before, that is waited for: ask late, where the loss is.
+    ///
+    /// # Errors
+    /// Whatever failed in the step before.
+    pub fn loss_scale(&self) -> Result<f32> {
+        // Exact: see `LossScale` for its range.
+        Ok(self.core.borrow_mut().driver.loss_scale()? as f32)
+    }
+
     /// Queues an operation: one of [`crate::ops`] or your own. Outputs are handed over for the call
     /// ([`TensorMut::reborrow`]).
     ///
@@ -316,7 +331,8 @@ impl<'t> Step<'t> {
     /// Ends the step. Returns once the loss is known; gradients, updates and writes go on behind.
     ///
     /// # Errors
-    /// [`Error::Misuse`] if stages are missing; whatever failed on the way.
+    /// [`Error::Misuse`] if stages are missing, or losses are scaled and [`Step::loss_scale`] was not asked for;
+    /// whatever failed on the way.
     pub fn finish(self) -> Result<Finished> {
         self.end(Ending::Apply)
     }
@@ -483,7 +499,8 @@ impl StageLease<'_> {
         }))
     }
 
-    /// The gradient accumulator of a tensor, in f32; operations add to it.
+    /// The gradient accumulator of a tensor, in f32; operations add to it. Of the loss times
+    /// [`Step::loss_scale`].
     ///
     /// # Errors
     /// [`Error::Misuse`] if the stage did not declare the section or it has no such tensor.

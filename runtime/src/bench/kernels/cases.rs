@@ -313,7 +313,11 @@ fn ends(s: Shapes, all: &mut Vec<Case>) {
             // SAFETY: as for `linear`; the weight's gradient is f32.
             unsafe {
                 let (grads, add) = ([dx, dw], false);
-                let grads = Some(ops::ClassifierGrads { grads, add });
+                let grads = Some(ops::ClassifierGrads {
+                    grads,
+                    add,
+                    scale: 1.0,
+                });
                 ops::cross_entropy(q, dims, [x, w, targets], scale, loss, grads, room)
             }
         }),
