@@ -466,8 +466,10 @@ fn casts_have_the_bits_of_the_cpu() {
         // In f16 halves stand at bit 12, in bf16 at bit 15; between them all of f16's last places.
         let all = upper.flat_map(|upper| {
             let places = (0..8).map(move |place| place << 13);
-            let lower = lower.iter().map(|lower| *lower);
-            let lower = lower.chain(places.flat_map(|p| [p | 0xfff, p | 0x1000, p | 0x1001]));
+            let lower = lower
+                .iter()
+                .copied()
+                .chain(places.flat_map(|p| [p | 0xfff, p | 0x1000, p | 0x1001]));
             lower.map(move |lower| f32::from_bits(upper << 16 | lower))
         });
         let all: Vec<f32> = all.collect();

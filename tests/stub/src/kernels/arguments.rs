@@ -41,7 +41,7 @@ pub(crate) fn f16(value: f32) -> u16 {
     let exponent = ((size.to_bits() >> 52) as i32 - 1023).max(-14);
     let units = (size * f64::from(10 - exponent).exp2()).round_ties_even() as u16;
     // A normal one has 1024 units more than its mantissa; 2048 of them are the next exponent's.
-    sign | (((exponent + 14) as u16) << 10) + units
+    sign | ((((exponent + 14) as u16) << 10) + units)
 }
 
 pub(crate) fn from_f16(bits: u16) -> f32 {
