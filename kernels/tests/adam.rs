@@ -451,6 +451,7 @@ fn every_f32_rounds_to_f16_as_the_half_crate_has_it() {
         f32_to_f16(&from, &mut got);
         for (x, got) in from.iter().zip(&got) {
             assert_eq!(half_rounds(*x), [got.to_bits(); 2], "{:08x}", x.to_bits());
+            assert_eq!(round_to_f16(*x).to_bits(), got.to_bits());
         }
     }
 }
