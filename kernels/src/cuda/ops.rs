@@ -505,6 +505,9 @@ pub unsafe fn cast(q: Queue<'_>, from: (u64, Element), to: u64, n: usize) -> Don
 /// AdamW on n elements with the bits of [`crate::cpu::adamw`]: the gradient's type is `grad.1`, the
 /// parameter's the queue's.
 ///
+/// # Panics
+/// For bf16 together with f16.
+///
 /// # Safety
 /// See [`add`].
 pub unsafe fn adamw(
