@@ -109,6 +109,34 @@ fn in_f16_every_placement_gives_the_same_bits_and_scales_through_overflows() {
 }
 
 #[test]
+fn a_scale_that_is_asked_for_at_once_is_the_one_that_follows_from_the_norm_before() {
+    let (late, _) = run(DType::F16, STEPS, |o| {
+        o.placement = Policy::Resident;
+        o.loss_scale = LossScale::Dynamic(HIGH);
+    });
+    for placement in POLICIES {
+        let folder = tempfile::tempdir().unwrap();
+        let decoder = decoder_in(DType::F16);
+        let mut options = options(folder.path());
+        (options.placement, options.loss_scale) = (placement, LossScale::Dynamic(HIGH));
+        let options = with_budgets(options, &decoder);
+        let mut trainer = create(&decoder, &options);
+        let early = (0..STEPS).map(|_| {
+            let (ids, targets) = tokens(trainer.steps());
+            let step = trainer.begin(5e-3).unwrap();
+            let scale = f64::from(step.loss_scale().unwrap());
+            let batch = Batch {
+                ids: &ids,
+                targets: &targets,
+            };
+            decoder.train_step(&step, &batch).unwrap();
+            (step.finish().unwrap().loss.unwrap().to_bits(), scale)
+        });
+        assert_eq!(early.collect::<Vec<_>>(), late, "{placement:?}");
+    }
+}
+
+#[test]
 fn a_step_that_overflows_changes_nothing_on_any_tier() {
     for clip in [Some(0.5), None] {
         for placement in POLICIES {
