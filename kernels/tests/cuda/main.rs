@@ -298,99 +298,87 @@ fn the_classifier_agrees() {
     });
 }
 
-/// Under the three types of a run: gradient, parameter, and states that start so.
+/// What three updates left; parameters as they lie in memory.
 struct Updated {
     master: Vec<f32>,
     m: Vec<f32>,
     v: Vec<f32>,
-    /// As they lie in memory.
     param: Vec<u8>,
 }
 
-/// Three steps on the device; then the same on the CPU.
-fn updated(
+/// Of a gradient in the type `from`, into a parameter in the type under test.
+fn updated_on_device(
     t: &gpu::Trial<'_>,
-    grads: (&[f32], Element),
+    (grad, from): (&[f32], Element),
     master: &[f32],
     at: impl Fn(u64) -> cpu::AdamScalars,
-) -> [Updated; 2] {
-    let ((grad, from), n) = (grads, master.len());
-    let zeros = vec![0.0f32; n];
-    let (md, ad, vd) = (Buffer::of(master), Buffer::of(&zeros), Buffer::of(&zeros));
-    let (gd, pd) = (
-        gpu::Values {
-            element: from,
-            exact: grad.to_vec(),
-        }
-        .on_device(),
-        t.room(n),
-    );
-    let (mut master, mut m, mut v) = (master.to_vec(), zeros.clone(), zeros);
-    let mut wide = vec![0.0f32; n];
-    let (mut low, mut half) = (vec![bf16::ZERO; n], vec![f16::ZERO; n]);
+) -> Updated {
+    let (n, zeros) = (master.len(), vec![0.0f32; master.len()]);
+    let [master, m, v] = [master, &zeros, &zeros].map(Buffer::of);
+    let grad = gpu::Values {
+        element: from,
+        exact: grad.to_vec(),
+    };
+    let (grad, param) = (grad.on_device(), t.room(n));
+    let states = [master.address, m.address, v.address];
+    for step in 1..=3 {
+        let (grad, to) = ((grad.address, from), param.address);
+        unsafe { ops::adamw(t.queue(), &at(step), grad, states, to, n).unwrap() };
+    }
+    Updated {
+        master: master.get(),
+        m: m.get(),
+        v: v.get(),
+        param: param.get(),
+    }
+}
+
+/// The same on the CPU.
+fn updated_on_host(
+    t: &gpu::Trial<'_>,
+    (grad, from): (&[f32], Element),
+    master: &[f32],
+    at: impl Fn(u64) -> cpu::AdamScalars,
+) -> Updated {
+    let (mut master, mut m) = (master.to_vec(), vec![0.0f32; master.len()]);
+    let (mut v, mut wide) = (m.clone(), m.clone());
     let low_grad: Vec<bf16> = grad.iter().map(|x| cpu::round_to_bf16(*x)).collect();
     let half_grad: Vec<f16> = grad.iter().map(|x| cpu::round_to_f16(*x)).collect();
+    let (mut low, mut half) = (low_grad.clone(), half_grad.clone());
     for step in 1..=3 {
-        let scalars = at(step);
-        let states = [md.address, ad.address, vd.address];
-        unsafe {
-            ops::adamw(
-                t.queue(),
-                &scalars,
-                (gd.address, from),
-                states,
-                pd.address,
-                n,
-            )
-            .unwrap();
-        }
         let states = States {
             master: &mut master,
             m: &mut m,
             v: &mut v,
         };
+        let (wide, low, half) = (&mut wide, &mut low, &mut half);
+        let (low_grad, half_grad) = (&low_grad, &half_grad);
         let exchange = match (from, t.element) {
-            (Element::F32, Element::F32) => Exchange::F32 {
-                grad,
-                param: &mut wide,
-            },
-            (Element::F32, Element::Bf16) => Exchange::F32ToBf16 {
-                grad,
-                param: &mut low,
-            },
-            (Element::F32, Element::F16) => Exchange::F32ToF16 {
-                grad,
-                param: &mut half,
-            },
+            (Element::F32, Element::F32) => Exchange::F32 { grad, param: wide },
+            (Element::F32, Element::Bf16) => Exchange::F32ToBf16 { grad, param: low },
+            (Element::F32, Element::F16) => Exchange::F32ToF16 { grad, param: half },
             (Element::Bf16, _) => Exchange::Bf16 {
-                grad: &low_grad,
-                param: &mut low,
+                grad: low_grad,
+                param: low,
             },
             (Element::F16, _) => Exchange::F16 {
-                grad: &half_grad,
-                param: &mut half,
+                grad: half_grad,
+                param: half,
             },
         };
-        cpu::adamw_parallel(&t.workers, Isa::best(), &scalars, states, exchange);
+        cpu::adamw_parallel(&t.workers, Isa::best(), &at(step), states, exchange);
     }
     let param = match t.element {
         Element::F32 => wide.iter().flat_map(|x| x.to_le_bytes()).collect(),
         Element::Bf16 => low.iter().flat_map(|x| x.to_le_bytes()).collect(),
         Element::F16 => half.iter().flat_map(|x| x.to_le_bytes()).collect(),
     };
-    let device = Updated {
-        master: md.get(),
-        m: ad.get(),
-        v: vd.get(),
-        param: pd.get(),
-    };
-    let host = Updated {
+    Updated {
         master,
         m,
         v,
         param,
-    };
-    [device, host]
+    }
 }
 
 #[test]
@@ -421,7 +409,8 @@ fn adamw_and_the_square_sum_have_the_bits_of_the_cpu() {
         kinds.dedup();
         for from in kinds {
             let at = |step| adam.at(step, 1e-3, 0.7);
-            let [device, host] = updated(t, (&grad, from), &master, at);
+            let device = updated_on_device(t, (&grad, from), &master, at);
+            let host = updated_on_host(t, (&grad, from), &master, at);
             let what = format!("{from:?} to {:?}", t.element);
             for (name, got, wanted) in [
                 ("master", &device.master, &host.master),
