@@ -40,12 +40,14 @@ sources=$(grep -oE 'source!\("[a-z_]+", (true|false)\)' kernels/src/cuda/kernels
 every() {
     local name fuse
     while read -r name fuse; do build "$name" "$1" "$fuse"; done <<<"$sources"
-    build attention_mma "$1" true $cu/mma.cuh
+    for name in attention_mma attention_mma_f16; do
+        build $name "$1" true $cu/mma.cuh $cu/attention_mma.cuh
+    done
 }
 every sm_80 &
 every sm_90
 wait $!
-built=$(($(wc -l <<<"$sources") + 1)) there=$(find $cu -name '*.cu' | wc -l)
+built=$(($(wc -l <<<"$sources") + 2)) there=$(find $cu -name '*.cu' | wc -l)
 ((built == there)) || { echo "$there sources in $cu, $built of them compiled"; exit 1; }
 
 printf '%-6s %-34s %9s %7s %7s\n' arch kernel registers shared spills

@@ -114,6 +114,7 @@ fn walk(step: &Step<'_>, pass: Pass, seed: u64) -> Result<f32> {
             return Ok(value[0]);
         }
         let grads = ClassifierGrads {
+            loss_scale: step.loss_scale()?,
             dx: dx.reborrow(),
             dweight: lease.grad(HEAD, "w")?,
         };
@@ -134,7 +135,7 @@ fn options(folder: &tempfile::TempDir, placement: Policy) -> Options {
 
 #[test]
 fn wherever_a_table_lives_the_bits_are_the_same_and_from_pinned_memory_no_byte_of_it_is_copied() {
-    for dtype in [DType::F32, DType::Bf16] {
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
         let (whole, rows) = (Bigram::new(dtype, false), Bigram::new(dtype, true));
         let table = (VOCABULARY * HIDDEN * dtype.bytes()) as u64;
         for (clip, updates) in [

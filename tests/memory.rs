@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{Accumulate, create, decoder, options, with_budgets};
 use forebay::{
-    Ahead, Init, Model, Options, Pass, Policy, RandomInit, Section, SectionId, Stage, StageId,
-    Step, Trainer, Updates,
+    Ahead, DynamicScale, Init, LossScale, Model, Options, Pass, Policy, RandomInit, Section,
+    SectionId, Stage, StageId, Step, Trainer, Updates,
 };
 use forebay_decoder::{Config, Decoder};
 
@@ -176,6 +176,8 @@ fn walk(step: &Step<'_>) -> forebay::Result<()> {
         )?;
     }
     step.loss(&x.as_ref().rows(0, 1)?.reshape([WIDTH])?.rows(0, 1)?)?;
+    // Its gradients stand for whatever was multiplied by it.
+    step.loss_scale()?;
     for layer in (0..LAYERS).rev() {
         let lease = step.enter(StageId::from(2 * LAYERS - 1 - layer))?;
         let grad = lease.grad(SectionId(layer), "w")?;
@@ -213,6 +215,7 @@ fn steady_allocations(placement: Policy, clip: Option<f64>, updates: Updates) ->
     (options.placement, options.clip, options.threads) = (placement, clip, 2);
     options.updates = updates;
     options.optimizer_chunk = Some(4096);
+    options.loss_scale = LossScale::Dynamic(DynamicScale::default());
     let pinned = if placement == Policy::Pinned {
         options.ahead = match updates {
             Updates::Exact => Ahead::Always,

@@ -144,23 +144,20 @@ fn states_take_the_bytes_that_their_format_says() {
 
 #[test]
 fn delayed_updates_give_the_same_bits_on_every_tier_whatever_the_optimizer() {
-    for name in ["sgd", "lamb"] {
-        let run = |placement| {
-            run(name, kept(DType::Bf16, Moment::Bf16, false), |o| {
+    // In f16 under a scale that the first steps overflow.
+    for (name, dtype) in [("sgd", DType::F16), ("lamb", DType::Bf16)] {
+        let kept = kept(dtype, Moment::Bf16, false);
+        let delayed = |placement| {
+            run(name, kept, |o| {
                 (o.placement, o.updates) = (placement, Updates::Delayed);
             })
         };
-        let reference = run(Policy::Resident);
+        let reference = delayed(Policy::Resident);
         for placement in POLICIES {
-            assert_eq!(run(placement), reference, "{name} {placement:?}");
+            assert_eq!(delayed(placement), reference, "{name} {placement:?}");
         }
-        let exact = run_exact(name);
-        assert_ne!(exact, reference, "{name}");
+        assert_ne!(run(name, kept, |_| {}), reference, "{name}");
     }
-}
-
-fn run_exact(name: &str) -> Vec<u32> {
-    run(name, kept(DType::Bf16, Moment::Bf16, false), |_| {})
 }
 
 fn refused(change: impl Fn(&mut Options)) -> String {

@@ -161,6 +161,8 @@ fn in_every_order_that_events_allow_every_placement_gives_the_same_bits() {
         (DType::F32, None),
         (DType::Bf16, Some(0.5)),
         (DType::Bf16, None),
+        (DType::F16, Some(0.5)),
+        (DType::F16, None),
     ] {
         let run = |placement, lookahead| {
             let folder = tempfile::tempdir().unwrap();

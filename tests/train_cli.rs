@@ -105,6 +105,36 @@ fn delayed_updates_are_named_approximate_and_a_resumed_run_goes_on_with_them() {
 }
 
 #[test]
+fn in_fp16_it_says_the_scale_of_the_loss_and_a_resumed_run_keeps_its_own() {
+    let place = Place::new();
+    let json = |output: &std::process::Output| -> Vec<serde_json::Value> {
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines = text.lines().map(serde_json::from_str);
+        lines.collect::<Result<_, _>>().unwrap()
+    };
+    let fp16 = ["--json", "--dtype", "fp16"];
+    let lines = json(&place.run(&[&fp16[..], &["--stop-after", "2"]].concat()));
+    let (step, summary) = (&lines[0], &lines.last().unwrap()["summary"]);
+    assert_eq!(summary["dtype"], "fp16");
+    assert!(step["loss_scale"].is_f64() && step["skipped_steps"].is_u64());
+    let scale = summary["loss_scale"].as_f64().unwrap();
+    let halved = summary["skipped_steps"].as_f64().unwrap();
+    assert_eq!(scale, 65536.0 * 0.5f64.powf(halved));
+    let lines = json(&place.bare(&["--json", "--resume", "--stop-after", "1"]));
+    let left = &lines.last().unwrap()["summary"];
+    let more = left["skipped_steps"].as_f64().unwrap();
+    assert_eq!(
+        left["loss_scale"].as_f64().unwrap(),
+        scale * 0.5f64.powf(more)
+    );
+    let lines = json(&place.bare(&["--json", "--resume", "--loss-scale", "128"]));
+    assert_eq!(lines.last().unwrap()["summary"]["loss_scale"], 128.0);
+    let table = String::from_utf8(place.bare(&["--resume", "--steps", "5"]).stdout).unwrap();
+    assert!(table.contains("loss scale is 128"), "{table}");
+    place.refused(&["--loss-scale", "100"], &["64 or 128"]);
+}
+
+#[test]
 fn interrupted_it_publishes_and_says_how_to_resume() {
     let place = Place::new();
     let mut command = train();

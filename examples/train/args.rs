@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use forebay::{Ahead, Bytes, DType, DeviceChoice, Moment, Optimizer, Policy, Target};
+use forebay::{Ahead, Bytes, DType, DeviceChoice, LossScale, Moment, Optimizer, Policy, Target};
 use serde::{Deserialize, Serialize};
 
 /// Train a decoder on text, its states spread over device memory, page-locked host memory and disk.
@@ -35,10 +35,14 @@ pub(crate) struct Args {
     /// A Llama of this size instead: 125m, 350m, 1.3b, 3b, 7b, 10b or 13b
     #[arg(long, conflicts_with = "config")]
     pub(crate) preset: Option<String>,
-    /// Type of parameters and activations, bf16 or fp32 [default: bf16 on a GPU, fp32 on the host
+    /// Type of parameters and activations, bf16, fp16 or fp32 [default: bf16 on a GPU, fp32 on the host
     /// device]; masters, moments and sums are fp32
     #[arg(long)]
     pub(crate) dtype: Option<DType>,
+    /// By what gradients are multiplied on their way, so that small ones are not lost: none, dynamic (halved when
+    /// they overflow, doubled after 2000 steps without), or a power of two [default: dynamic in fp16, else none]
+    #[arg(long)]
+    pub(crate) loss_scale: Option<LossScale>,
     /// Files and folders of text; by default this project's own sources and documents
     #[arg(long, num_args = 1..)]
     pub(crate) data: Vec<PathBuf>,
@@ -202,6 +206,9 @@ pub(crate) struct Recipe {
     pub(crate) moments: String,
     #[serde(default)]
     pub(crate) split_master: bool,
+    /// As --loss-scale takes it.
+    #[serde(default = "auto")]
+    pub(crate) loss_scale: String,
 }
 
 fn one() -> u32 {
@@ -214,6 +221,10 @@ fn adamw() -> String {
 
 fn fp32() -> String {
     DType::F32.to_string()
+}
+
+fn auto() -> String {
+    LossScale::Auto.to_string()
 }
 
 impl Default for Recipe {
@@ -234,6 +245,7 @@ impl Default for Recipe {
             optimizer: adamw(),
             moments: fp32(),
             split_master: false,
+            loss_scale: auto(),
         }
     }
 }
@@ -275,6 +287,7 @@ impl Recipe {
             optimizer: args.optimizer.clone().unwrap_or(self.optimizer),
             moments: args.moments.clone().unwrap_or(self.moments),
             split_master: args.split_master || self.split_master,
+            loss_scale: args.loss_scale.map_or(self.loss_scale, |s| s.to_string()),
         };
         recipe.optimizer()?;
         recipe.moments()?;
@@ -302,6 +315,10 @@ impl Recipe {
 
     pub(crate) fn moments(&self) -> Result<Moment> {
         self.moments.parse().map_err(anyhow::Error::msg)
+    }
+
+    pub(crate) fn loss_scale(&self) -> Result<LossScale> {
+        self.loss_scale.parse().map_err(anyhow::Error::msg)
     }
 
     /// The learning rate of a step: linear warm-up, then a cosine down to the floor.

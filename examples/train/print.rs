@@ -28,6 +28,7 @@ pub(crate) struct Summary<'s> {
     pub(crate) unigram: f64,
     pub(crate) held_out: f64,
     pub(crate) skipped: u64,
+    pub(crate) loss_scale: Option<f64>,
     pub(crate) tbw: Option<Bytes>,
     pub(crate) moved: Moved,
     pub(crate) steps_here: u64,
@@ -134,8 +135,11 @@ impl Printer {
                 } else {
                     "compute"
                 };
+                let scaled = trainer.loss_scale().map_or(String::new(), |scale| {
+                    format!("  scale {scale}, {} skipped", trainer.skipped())
+                });
                 bar.set_message(format!(
-                    "loss {loss:.4}  {tokens_per_s:.0} tokens/s  bound by {binds}"
+                    "loss {loss:.4}{scaled}  {tokens_per_s:.0} tokens/s  bound by {binds}"
                 ));
                 bar.set_position(step + 1);
             }
@@ -147,6 +151,8 @@ impl Printer {
                     "loss_bits": format!("{:08x}", loss.to_bits()),
                     "tokens_per_s": tokens_per_s,
                     "step_s": step_s,
+                    "loss_scale": trainer.loss_scale(),
+                    "skipped_steps": trainer.skipped(),
                 })
             ),
         }
@@ -216,6 +222,7 @@ impl Printer {
                 "held_out_loss": s.held_out,
                 "skipped_steps": s.skipped,
                 "updates": s.report.updates.to_string(),
+                "loss_scale": s.loss_scale,
                 "ahead_steps": s.report.ahead.steps,
                 "undone_steps": s.report.ahead.undone,
             }})
@@ -371,7 +378,10 @@ fn summary_table(s: &Summary<'_>) {
         );
     }
     ledger(s);
-    println!("{} steps done, {} skipped", s.steps_done, s.skipped);
+    let scaled = s.loss_scale.map_or(String::new(), |scale| {
+        format!("; the next step's loss scale is {scale}")
+    });
+    println!("{} steps done, {} skipped{scaled}", s.steps_done, s.skipped);
     println!(
         "loss: mean of the last {LAST} steps {:.4}, held out {:.4}; single bytes {:.4}",
         s.last_losses, s.held_out, s.unigram

@@ -269,6 +269,7 @@ fn finish(
         unigram: data.unigram_entropy(),
         held_out: held_out.iter().sum::<f64>() / held_out.len().max(1) as f64,
         skipped: trainer.skipped(),
+        loss_scale: trainer.loss_scale(),
         tbw: args.tbw,
         moved,
         steps_here: losses.len() as u64,
@@ -327,6 +328,7 @@ fn options(args: &Args, recipe: &Recipe, disk: &Disk) -> Result<Options> {
     options.moments = recipe.moments()?;
     options.split_master = recipe.split_master;
     options.clip = (recipe.clip > 0.0).then_some(recipe.clip);
+    options.loss_scale = recipe.loss_scale()?;
     options.publish = match args.when()? {
         When::Every(_) => Publish::Often,
         When::End => Publish::End,

@@ -4,10 +4,10 @@
 
 use forebay_kernels::cpu::{
     AdamScalars, AdamW, Exchange, Isa, Kept, NormIn, States, Workers, adamw, adamw_ahead,
-    adamw_parallel, adamw_rest, adamw_undo, bf16_to_f32, f32_to_bf16, log_bytes, round_to_bf16,
-    square_sum,
+    adamw_parallel, adamw_rest, adamw_undo, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16,
+    log_bytes, round_to_bf16, round_to_f16, square_sum, widen_f16,
 };
-use half::bf16;
+use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -193,13 +193,16 @@ fn all_exchanges(update: &dyn Fn(&AdamScalars, States<'_>, Exchange<'_>), n: usi
     let master = values(&mut rng, n);
     let mut memory = Memory::new(&master);
     let (mut param, mut narrow) = (vec![0.0; n], vec![bf16::ZERO; n]);
+    let mut narrow_half = vec![f16::ZERO; n];
     let mut bits = Vec::new();
     for t in 1..=STEPS {
         let mut wide = values(&mut rng, n);
         let mut grad = vec![bf16::ZERO; n];
         f32_to_bf16(&wide, &mut grad);
+        let mut half = vec![f16::ZERO; n];
+        f32_to_f16(&wide, &mut half);
         let scalars = ADAM.at(t, ADAM.lr, SCALE);
-        let exchange = match t % 6 {
+        let exchange = match t % 10 {
             0 => Exchange::F32 {
                 grad: &wide,
                 param: &mut param,
@@ -214,8 +217,21 @@ fn all_exchanges(update: &dyn Fn(&AdamScalars, States<'_>, Exchange<'_>), n: usi
                 grad: &wide,
                 param: &mut narrow,
             },
-            _ => Exchange::Bf16ToF32 {
+            5 => Exchange::Bf16ToF32 {
                 grad: &grad,
+                param: &mut param,
+            },
+            6 => Exchange::F16 {
+                grad: &half,
+                param: &mut narrow_half,
+            },
+            7 => Exchange::InPlaceF16(&mut half),
+            8 => Exchange::F32ToF16 {
+                grad: &wide,
+                param: &mut narrow_half,
+            },
+            _ => Exchange::F16ToF32 {
+                grad: &half,
                 param: &mut param,
             },
         };
@@ -223,6 +239,8 @@ fn all_exchanges(update: &dyn Fn(&AdamScalars, States<'_>, Exchange<'_>), n: usi
         bits.extend(memory.bits());
         bits.extend(wide.iter().chain(&param).map(|x| x.to_bits()));
         bits.extend(grad.iter().chain(&narrow).map(|x| u32::from(x.to_bits())));
+        let halves = half.iter().chain(&narrow_half);
+        bits.extend(halves.map(|x| u32::from(x.to_bits())));
     }
     bits
 }
@@ -259,7 +277,7 @@ fn an_update_ahead_has_the_same_bits_and_undone_leaves_none() {
                 |s: &AdamScalars, mut states: States<'_>, mut e: Exchange<'_>, undo: bool| {
                     let bytes = match e {
                         Exchange::InPlaceF32(_) => 4,
-                        Exchange::InPlaceBf16(_) => 2,
+                        Exchange::InPlaceBf16(_) | Exchange::InPlaceF16(_) => 2,
                         _ => 0,
                     };
                     // Whatever the room held.
@@ -381,6 +399,113 @@ fn bf16_rounds_halves_up_for_every_upper_half_and_keeps_nan() {
     bf16_to_f32(&narrow, &mut back);
     let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
     assert!(wide.iter().zip(&back).all(same), "bf16 values survive");
+}
+
+/// By the definition: the `half` crate's own, in software and (where the machine has it) in hardware.
+fn half_rounds(x: f32) -> [u16; 2] {
+    [f16::from_f32_const(x).to_bits(), f16::from_f32(x).to_bits()]
+}
+
+#[test]
+fn f16_widens_exactly_and_rounds_to_nearest_even_around_each_of_its_values() {
+    let all: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+    let mut wide = vec![0.0; all.len()];
+    f16_to_f32(&all, &mut wide);
+    for (x, wide) in all.iter().zip(&wide) {
+        assert_eq!(wide.to_bits(), x.to_f32_const().to_bits(), "{x:?}");
+        assert_eq!(wide.to_bits(), widen_f16(*x).to_bits(), "{x:?}");
+    }
+    // Rounding never goes down where values go up, so that all of it is known from where it goes up: in the
+    // middle between two neighbours, and the nearest f32 on either side.
+    let mut tried = vec![f32::MIN_POSITIVE, 1e-45, f32::MAX, 65519.99, 65520.0];
+    for (x, wide) in all.iter().zip(&wide).filter(|(x, _)| !x.is_nan()) {
+        let up = f16::from_bits(x.to_bits() + 1).to_f32_const();
+        let up = if up.is_infinite() { 65536.0 } else { up };
+        let middle = wide + (up - wide) / 2.0;
+        for at in [*wide, middle] {
+            tried.extend([at, at.next_up(), at.next_down()]);
+        }
+    }
+    tried.extend((0..1 << 20).map(|i: u32| f32::from_bits(i.wrapping_mul(4099))));
+    let mut got = vec![f16::ZERO; tried.len()];
+    f32_to_f16(&tried, &mut got);
+    for (x, got) in tried.iter().zip(&got) {
+        assert_eq!(half_rounds(*x), [got.to_bits(); 2], "{:08x}", x.to_bits());
+        assert_eq!(round_to_f16(*x).to_bits(), got.to_bits());
+    }
+    // The comparison can fail: the rule of bf16 goes up where two values are equally near.
+    let half_up = |x: f32| f16::from_f32_const(f32::from_bits(x.to_bits() + 0x1000));
+    let tie = 1.0 + 0.5f32.powi(11);
+    assert_ne!(half_up(tie).to_bits(), round_to_f16(tie).to_bits());
+}
+
+/// A 64th of them, or all where FOREBAY_EVERY_F32 is set: a minute of a release build.
+#[test]
+fn f32_values_of_every_size_round_to_f16_as_the_half_crate_has_it() {
+    let step = match std::env::var_os("FOREBAY_EVERY_F32") {
+        Some(_) => 1,
+        None => 64,
+    };
+    let mut got = vec![f16::ZERO; 1 << 16];
+    // Another place of each 64, so that mantissas differ from exponent to exponent.
+    for (index, upper) in (0..=u16::MAX).step_by(step).enumerate() {
+        let upper = upper + (index % step) as u16;
+        let from: Vec<f32> = (0..=u16::MAX)
+            .map(|lower| f32::from_bits(u32::from(upper) << 16 | u32::from(lower)))
+            .collect();
+        f32_to_f16(&from, &mut got);
+        for (x, got) in from.iter().zip(&got) {
+            assert_eq!(half_rounds(*x), [got.to_bits(); 2], "{:08x}", x.to_bits());
+            assert_eq!(round_to_f16(*x).to_bits(), got.to_bits());
+        }
+    }
+}
+
+/// As `ten_steps_are_within_a_millionth_of_the_oracle_on_every_path`, gradients in f16.
+#[test]
+fn in_f16_too_ten_steps_are_within_a_millionth_of_the_oracle() {
+    let (_, mut rng) = fresh();
+    let n = 10_007;
+    let master = values(&mut rng, n);
+    let mut halves = vec![vec![f16::ZERO; n]; STEPS as usize];
+    let mut grads = vec![vec![0.0; n]; STEPS as usize];
+    for (half, grad) in halves.iter_mut().zip(&mut grads) {
+        f32_to_f16(&values(&mut rng, n), half);
+        f16_to_f32(half, grad);
+    }
+    let wanted = oracle(&ADAM, &master, &grads);
+    for isa in Isa::available() {
+        let (mut memory, mut param) = (Memory::new(&master), vec![f16::ZERO; n]);
+        for (t, grad) in (1..).zip(&halves) {
+            let exchange = Exchange::F16 {
+                grad,
+                param: &mut param,
+            };
+            adamw(isa, &ADAM.at(t, ADAM.lr, SCALE), memory.states(), exchange);
+        }
+        let error = error(&memory.master, &wanted);
+        println!("{isa:?}: {error:.2e}");
+        assert!(error <= 1e-6, "{isa:?}: {error:.2e}");
+        for (p, master) in param.iter().zip(&memory.master) {
+            assert_eq!(p.to_bits(), f16::from_f32(*master).to_bits());
+        }
+    }
+}
+
+#[test]
+fn a_square_sum_in_f16_is_that_of_its_values() {
+    let (_, mut rng) = fresh();
+    let workers = Workers::new(2, "test").unwrap();
+    let mut half = vec![f16::ZERO; 100_003];
+    f32_to_f16(&values(&mut rng, half.len()), &mut half);
+    let mut wide = vec![0.0; half.len()];
+    f16_to_f32(&half, &mut wide);
+    let sum = square_sum(&workers, NormIn::F16(&half)).sum;
+    let wanted = square_sum(&workers, NormIn::F32(&wide)).sum;
+    assert_eq!(sum.to_bits(), wanted.to_bits());
+    // What is too large for f16 is seen.
+    half[77] = round_to_f16(65520.0);
+    assert!(!square_sum(&workers, NormIn::F16(&half)).finite());
 }
 
 #[test]

@@ -341,6 +341,12 @@ fn swiglu_embedding_and_sums_are_right() {
     let (table, dout) = (random(&mut rng, 11 * 6), random(&mut rng, 300 * 6));
     let out = on_all(|workers| {
         let (mut rows, mut dtable) = (vec![0.0; 300 * 6], vec![1.0; 11 * 6]);
+        let low: Vec<_> = table.iter().map(|x| half::f16::from_f32(*x)).collect();
+        let wide: Vec<f32> = low.iter().map(|x| x.to_f32()).collect();
+        let mut rounded = rows.clone();
+        embedding(workers, 6, &ids, &wide, &mut rounded).unwrap();
+        embedding(workers, 6, &ids, &low, &mut rows).unwrap();
+        assert_eq!(rows, rounded, "rows of f16 come widened");
         let low: Vec<_> = table.iter().map(|x| half::bf16::from_f32(*x)).collect();
         let wide: Vec<f32> = low.iter().map(|x| x.to_f32()).collect();
         let mut rounded = rows.clone();
@@ -390,6 +396,7 @@ fn the_classifier_and_its_gradients_are_right_across_tiles() {
             let grads = ClassifierGrads {
                 dx: &mut dx,
                 dweight: &mut dweight,
+                scale: 1.0,
             };
             cross_entropy(
                 workers,
@@ -416,7 +423,30 @@ fn the_classifier_and_its_gradients_are_right_across_tiles() {
             )
             .unwrap();
             assert_eq!(loss.to_bits(), alone.to_bits());
-            vec![vec![loss], dx, dweight]
+            let (mut scaled, mut dscaled) = (vec![f32::NAN; x.len()], vec![1024.0; w.len()]);
+            let grads = ClassifierGrads {
+                dx: &mut scaled,
+                dweight: &mut dscaled,
+                scale: 1024.0,
+            };
+            let (loss, room) = (&mut loss, &mut scratch);
+            cross_entropy(
+                workers,
+                dims,
+                &x,
+                &w,
+                &targets,
+                scale,
+                loss,
+                Some(grads),
+                room,
+            )
+            .unwrap();
+            // A power of two goes through, and not to the loss.
+            let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| *a == 1024.0 * b);
+            assert!(same(&scaled, &dx) && same(&dscaled, &dweight));
+            assert_eq!(loss.to_bits(), alone.to_bits());
+            vec![vec![*loss], dx, dweight]
         });
         let loss = |x: &[f64], w: &[f64]| -> f64 {
             let row = |t: usize, v: usize| -> f64 {

@@ -97,8 +97,8 @@ pub use operation::{
 };
 pub use tensor::{DType, Shape, Tensor, TensorMut};
 pub use trainer::{
-    Adagrad, AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, DeviceKeeps, ExternalStream,
-    Finished, Footprint, Frame, HopReport, IoChoice, Lamb, Lion, Moment, Optimizer, Options, Pass,
-    Policy, Publish, PublishCost, RandomInit, Report, Sgd, StageLease, Step, Target, TierReport,
-    Trainer, Updates, Weights, footprint, requirements, stored_user_text,
+    Adagrad, AdamW, Ahead, AheadReport, Ceilings, DeviceChoice, DeviceKeeps, DynamicScale,
+    ExternalStream, Finished, Footprint, Frame, HopReport, IoChoice, Lamb, Lion, LossScale, Moment,
+    Optimizer, Options, Pass, Policy, Publish, PublishCost, RandomInit, Report, Sgd, StageLease,
+    Step, Target, TierReport, Trainer, Updates, Weights, footprint, requirements, stored_user_text,
 };

@@ -37,7 +37,7 @@ pub struct Section {
 }
 
 /// Elements between the starts of two tensors of a section are a multiple of this, so that each is
-/// aligned to 256 bytes in f32 (and 128 in bf16).
+/// aligned to 256 bytes in f32 (and 128 in bf16 and f16).
 const TENSOR_ALIGN: usize = 64;
 
 impl Section {
@@ -265,7 +265,7 @@ impl Model {
 
     pub(crate) fn validate(&self) -> Result<()> {
         if self.dtype == DType::U32 {
-            let what = "models compute in f32 or bf16, not in u32".to_owned();
+            let what = "models compute in f32, bf16 or f16, not in u32".to_owned();
             return Err(Error::Model(what));
         }
         for (i, section) in self.sections.iter().enumerate() {

@@ -30,12 +30,12 @@
 use std::marker::PhantomData;
 use std::mem::{MaybeUninit, align_of, size_of};
 
-use forebay_kernels::cpu::{Workers, bf16_to_f32, f32_to_bf16};
+use forebay_kernels::cpu::{Workers, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use forebay_kernels::cuda::ops::Queue;
 use forebay_kernels::cuda::sys::CUstream;
 use forebay_kernels::cuda::{self, Kernels};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::device::Span;
 use crate::error::{Error, Result};
@@ -59,8 +59,8 @@ pub trait Operation: Copy + Send + 'static {
         0
     }
 
-    /// The input, by its place, that its host version takes in whatever type it has, where others of bf16
-    /// arrive as f32: a table of which it reads a few rows.
+    /// The input, by its place, that its host version takes in whatever type it has, where others of two
+    /// bytes arrive as f32: a table of which it reads a few rows.
     fn takes_as_is(&self) -> Option<usize> {
         None
     }
@@ -86,6 +86,7 @@ impl DType {
     pub(crate) fn element(self) -> cuda::Element {
         match self {
             Self::Bf16 => cuda::Element::Bf16,
+            Self::F16 => cuda::Element::F16,
             Self::F32 | Self::U32 => cuda::Element::F32,
         }
     }
@@ -183,12 +184,16 @@ impl Element for u32 {
     const DTYPE: DType = DType::U32;
 }
 
-impl Element for half::bf16 {
+impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
 }
 
-/// The tensors of a launch as slices, each handed out once, in order. Those of bf16 arrive as f32,
-/// so that an operation is written once for either type; what it writes is rounded when it has run. One input
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+}
+
+/// The tensors of a launch as slices, each handed out once, in order. Those of bf16 and f16 arrive as f32,
+/// so that an operation is written once for every type; what it writes is rounded when it has run. One input
 /// may be taken as it is: [`Operation::takes_as_is`].
 #[derive(Debug)]
 pub struct HostArgs<'a> {
@@ -257,7 +262,7 @@ pub(crate) struct Launch {
     views: [MaybeUninit<View>; VIEWS],
     inputs: u8,
     outputs: u8,
-    /// Where bf16 tensors are widened for the host device's operations, if they are.
+    /// Where bf16 and f16 tensors are widened for the host device's operations, if they are.
     room: Option<u64>,
     /// The input that is not.
     as_is: Option<u8>,
@@ -384,12 +389,12 @@ impl Launch {
         views.split_at(inputs)
     }
 
-    /// Whether its host version wants a tensor, by its place among all, in f32 where it is bf16.
+    /// Whether its host version wants a tensor, by its place among all, in f32 where it is narrower.
     fn widens(&self, index: usize, view: &View) -> bool {
-        view.dtype == DType::Bf16 && self.as_is.map(usize::from) != Some(index)
+        is_narrow(view.dtype) && self.as_is.map(usize::from) != Some(index)
     }
 
-    /// Floats that widening its bf16 tensors takes.
+    /// Floats that widening its tensors takes.
     pub(crate) fn wide_floats(&self) -> u64 {
         let narrow = self.views().enumerate().filter(|(i, v)| self.widens(*i, v));
         narrow.map(|(_, view)| wide_floats(view) as u64).sum()
@@ -439,7 +444,7 @@ impl Launch {
             let view = unsafe { view.assume_init_mut() };
             if self.widens(index, view) {
                 // SAFETY: the room has a place for each of them, which overlaps nothing.
-                unsafe { bf16_to_f32(narrow_slice(view), wide_slice(room, view)) };
+                unsafe { widen(view, wide_slice(room, view)) };
                 let floats = wide_floats(view) as u64;
                 (view.address, view.dtype) = (room, DType::F32);
                 room += 4 * floats;
@@ -448,9 +453,9 @@ impl Launch {
         // SAFETY: by the contract above; the widened places are this call's own.
         unsafe { wide.run_as_it_is(cx)? };
         for (view, own) in wide.slices().1.iter().zip(self.slices().1) {
-            if own.dtype == DType::Bf16 {
+            if is_narrow(own.dtype) {
                 // SAFETY: an output of this launch and its place in the room.
-                unsafe { f32_to_bf16(wide_slice(view.address, own), narrow_slice_mut(own)) };
+                unsafe { narrow(wide_slice(view.address, own), own) };
             }
         }
         Ok(())
@@ -492,18 +497,50 @@ fn wide_floats(view: &View) -> usize {
     view.shape.elements().next_multiple_of(64)
 }
 
-/// # Safety
-/// A view of mapped memory that nobody writes as long as the slice lives.
-unsafe fn narrow_slice<'a>(view: &View) -> &'a [bf16] {
-    // SAFETY: by the contract above.
-    unsafe { std::slice::from_raw_parts(view.address as *const bf16, view.shape.elements()) }
+/// Whether the host device's operations take f32 in its place.
+fn is_narrow(dtype: DType) -> bool {
+    match dtype {
+        DType::Bf16 | DType::F16 => true,
+        DType::F32 | DType::U32 => false,
+    }
 }
 
 /// # Safety
-/// A view of mapped memory that nobody else touches as long as the slice lives.
-unsafe fn narrow_slice_mut<'a>(view: &View) -> &'a mut [bf16] {
+/// A view of mapped memory of a narrow type, which nobody writes until this returns.
+unsafe fn widen(view: &View, to: &mut [f32]) {
+    let elements = view.shape.elements();
     // SAFETY: by the contract above.
-    unsafe { std::slice::from_raw_parts_mut(view.address as *mut bf16, view.shape.elements()) }
+    unsafe {
+        match view.dtype {
+            DType::F16 => f16_to_f32(
+                std::slice::from_raw_parts(view.address as *const f16, elements),
+                to,
+            ),
+            _ => bf16_to_f32(
+                std::slice::from_raw_parts(view.address as *const bf16, elements),
+                to,
+            ),
+        }
+    }
+}
+
+/// # Safety
+/// A view of mapped memory of a narrow type, which nobody else touches until this returns.
+unsafe fn narrow(from: &[f32], view: &View) {
+    let elements = view.shape.elements();
+    // SAFETY: by the contract above.
+    unsafe {
+        match view.dtype {
+            DType::F16 => f32_to_f16(
+                from,
+                std::slice::from_raw_parts_mut(view.address as *mut f16, elements),
+            ),
+            _ => f32_to_bf16(
+                from,
+                std::slice::from_raw_parts_mut(view.address as *mut bf16, elements),
+            ),
+        }
+    }
 }
 
 /// # Safety

@@ -19,6 +19,8 @@ pub enum DType {
     F32,
     /// bfloat16, 2 bytes.
     Bf16,
+    /// IEEE half precision, 2 bytes.
+    F16,
     /// Unsigned 32-bit integers: token ids.
     U32,
 }
@@ -28,7 +30,7 @@ impl DType {
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 | Self::U32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::F16 => 2,
         }
     }
 }
@@ -38,6 +40,7 @@ impl fmt::Display for DType {
         f.write_str(match self {
             Self::F32 => "fp32",
             Self::Bf16 => "bf16",
+            Self::F16 => "fp16",
             Self::U32 => "u32",
         })
     }
@@ -51,8 +54,9 @@ impl std::str::FromStr for DType {
         match text {
             "fp32" | "f32" | "float32" => Ok(Self::F32),
             "bf16" | "bfloat16" => Ok(Self::Bf16),
+            "fp16" | "f16" | "float16" | "half" => Ok(Self::F16),
             _ => Err(format!(
-                "'{text}' is not a type to compute in: use bf16 or fp32"
+                "'{text}' is not a type to compute in: use bf16, fp16 or fp32"
             )),
         }
     }

@@ -207,7 +207,8 @@ impl Decoder {
         self.train_step_observed(step, batch, &mut |_, _| Ok(()))
     }
 
-    /// As [`Decoder::train_step`], calling `observer` for each section whose gradient is whole.
+    /// As [`Decoder::train_step`], calling `observer` for each section whose gradient (times
+    /// [`Step::loss_scale`]) is whole.
     ///
     /// # Errors
     /// As [`Decoder::train_step`], and the observer's own.
@@ -462,6 +463,7 @@ impl Decoder {
         let grads = ClassifierGrads {
             dx: dnormed.reborrow(),
             dweight,
+            loss_scale: step.loss_scale()?,
         };
         ops::cross_entropy(
             step,

@@ -1,7 +1,8 @@
 //! The sum of squares of a gradient: what clipping by global norm and overflow checks need.
 
-use half::bf16;
+use half::{bf16, f16};
 
+use super::cast::widen_f16;
 use super::shared::Shared;
 use super::workers::Workers;
 
@@ -25,6 +26,8 @@ pub enum NormIn<'a> {
     F32(&'a [f32]),
     /// bfloat16.
     Bf16(&'a [bf16]),
+    /// Half precision.
+    F16(&'a [f16]),
 }
 
 /// A sum of squares.
@@ -54,6 +57,7 @@ pub fn square_sum(workers: &Workers, values: NormIn<'_>) -> SquareSum {
     let len = match values {
         NormIn::F32(v) => v.len(),
         NormIn::Bf16(v) => v.len(),
+        NormIn::F16(v) => v.len(),
     };
     let strand = strand_of(len);
     let mut sums = [0.0; PIECES];
@@ -65,6 +69,7 @@ pub fn square_sum(workers: &Workers, values: NormIn<'_>) -> SquareSum {
             sum + match values {
                 NormIn::F32(v) => sum_of(&v[range], |x| f64::from(*x)),
                 NormIn::Bf16(v) => sum_of(&v[range], |x| f64::from(x.to_f32())),
+                NormIn::F16(v) => sum_of(&v[range], |x| f64::from(widen_f16(*x))),
             }
         });
         // SAFETY: each chunk has an element of its own.

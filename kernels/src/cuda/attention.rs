@@ -45,15 +45,22 @@ const QUERIES: usize = 128;
 const THREADS: u32 = 128;
 
 impl Tensor {
-    /// Where they serve: bf16, sizes they are made for, all of `tensors` aligned to 16 bytes, and a
+    /// Where they serve: bf16 and f16, sizes they are made for, all of `tensors` aligned to 16 bytes, and a
     /// device with enough shared memory.
     fn of(q: Queue<'_>, dims: AttentionDims, tensors: &[u64]) -> Option<Self> {
         macro_rules! names {
             ($d:literal) => {
+                match q.element {
+                    Element::F32 => return None,
+                    Element::Bf16 => names!("", $d),
+                    Element::F16 => names!("f16_", $d),
+                }
+            };
+            ($t:literal, $d:literal) => {
                 [
-                    concat!("attention_mma_", $d),
-                    concat!("attention_mma_backward_q_", $d),
-                    concat!("attention_mma_backward_kv_", $d),
+                    concat!("attention_mma_", $t, $d),
+                    concat!("attention_mma_backward_q_", $t, $d),
+                    concat!("attention_mma_backward_kv_", $t, $d),
                 ]
             };
         }
@@ -72,8 +79,7 @@ impl Tensor {
             tiles + rows,
             tiles + 2 * rows + TILE * TILE * 2,
         ];
-        let serve = q.element == Element::Bf16
-            && tensors.iter().all(|address| address % 16 == 0)
+        let serve = tensors.iter().all(|address| address % 16 == 0)
             && shared.iter().all(|bytes| *bytes <= q.kernels.shared);
         serve.then_some(Self { names, shared })
     }

@@ -21,14 +21,25 @@ macro_rules! source {
     };
 }
 
-const SOURCES: [Source; 9] = [
+const SOURCES: [Source; 10] = [
     source!("adam", false),
     source!("attention", true),
     Source {
         file: "attention_mma",
         text: concat!(
             include_str!("cu/mma.cuh"),
+            include_str!("cu/attention_mma.cuh"),
             include_str!("cu/attention_mma.cu")
+        ),
+        fuse: true,
+    },
+    // A source of its own, for sources are compiled side by side.
+    Source {
+        file: "attention_mma_f16",
+        text: concat!(
+            include_str!("cu/mma.cuh"),
+            include_str!("cu/attention_mma.cuh"),
+            include_str!("cu/attention_mma_f16.cu")
         ),
         fuse: true,
     },
@@ -47,6 +58,8 @@ pub enum Element {
     F32,
     /// bfloat16.
     Bf16,
+    /// Half precision.
+    F16,
 }
 
 impl Element {
@@ -54,7 +67,7 @@ impl Element {
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::F16 => 2,
         }
     }
 
@@ -62,6 +75,7 @@ impl Element {
         match self {
             Self::F32 => "float",
             Self::Bf16 => "bf16",
+            Self::F16 => "f16",
         }
     }
 }
@@ -216,7 +230,7 @@ impl Kernels {
         Ok(())
     }
 
-    /// Queues a kernel: `name`, or `name_float` or `name_bf16` where a type is given.
+    /// Queues a kernel: `name`, or `name_float`, `name_bf16` or `name_f16` where a type is given.
     ///
     /// # Errors
     /// The driver's refusals.

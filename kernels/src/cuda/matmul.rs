@@ -88,6 +88,7 @@ fn data_type(element: Element) -> sys::cudaDataType {
     match element {
         Element::F32 => sys::cudaDataType::CUDA_R_32F,
         Element::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+        Element::F16 => sys::cudaDataType::CUDA_R_16F,
     }
 }
 

@@ -11,6 +11,7 @@ pub use super::attention::{attention, attention_backward, attention_backward_scr
 use super::error::CudaError;
 use super::kernels::{Args, Element, Kernels};
 use super::matmul::{Product, workspace};
+use super::optimizers::of_types;
 pub use super::optimizers::{LAMB_SUMS, StatesAt, update};
 use crate::cpu::ops::{ClassifierDims, Direction, RopeDims};
 use crate::cpu::{AdamScalars, SQUARE_SUM_PIECES, square_sum_strand};
@@ -374,7 +375,7 @@ pub fn cross_entropy_scratch(element: Element, dims: ClassifierDims) -> usize {
     let (tile, pitch) = classifier_tile(dims);
     let low = match element {
         Element::F32 => 0,
-        Element::Bf16 => (tile * pitch * 2).next_multiple_of(256),
+        Element::Bf16 | Element::F16 => (tile * pitch * 2).next_multiple_of(256),
     };
     workspace((tile, dims.hidden, pitch))
         + (tile * pitch * 4).next_multiple_of(256)
@@ -389,6 +390,8 @@ pub struct ClassifierGrads {
     pub grads: [u64; 2],
     /// Whether dweight is added to, or set.
     pub add: bool,
+    /// By what both are multiplied, and the loss is not: a loss scale.
+    pub scale: f32,
 }
 
 /// The classifier with its loss: see [`crate::cpu::ops::cross_entropy`].
@@ -412,7 +415,7 @@ pub unsafe fn cross_entropy(
     let after = logits + (tile * pitch * 4).next_multiple_of(256) as u64;
     let (dlogits, losses) = match q.element {
         Element::F32 => (logits, after),
-        Element::Bf16 => (
+        Element::Bf16 | Element::F16 => (
             after,
             after + (tile * pitch * 2).next_multiple_of(256) as u64,
         ),
@@ -434,7 +437,8 @@ pub unsafe fn cross_entropy(
             .with(vocabulary as u32)
             .with(pitch as u64)
             .with(pitch as u64);
-        let args = args.with(scale).with(u32::from(grads.is_some()));
+        let grad_scale = grads.map_or(scale, |grads| scale * grads.scale);
+        let args = args.with(grad_scale).with(u32::from(grads.is_some()));
         let mut args = args.with(q.kernels.fault);
         let name = ("cross_entropy", Some(q.element));
         // SAFETY: by the contract above; tiles lie in scratch.
@@ -445,7 +449,7 @@ pub unsafe fn cross_entropy(
             let grid = [tokens as u32, 1, 1];
             q.kernels
                 .launch(q.stream, name, grid, [1024, 1], 0, &mut args)?;
-            let Some(ClassifierGrads { grads, add }) = grads else {
+            let Some(ClassifierGrads { grads, add, .. }) = grads else {
                 continue;
             };
             let [dx, dweight] = grads;
@@ -480,16 +484,18 @@ pub unsafe fn cross_entropy(
     }
 }
 
-/// Casts n elements.
+/// Casts n elements from the type `from.1`, which is f32 where the queue's is not, to the queue's.
 ///
 /// # Safety
 /// See [`add`].
-pub unsafe fn cast(q: Queue<'_>, from: u64, to: u64, n: usize) -> Done {
-    let name = match q.element {
-        Element::Bf16 => "cast_to_bf16",
-        Element::F32 => "cast_to_float",
+pub unsafe fn cast(q: Queue<'_>, from: (u64, Element), to: u64, n: usize) -> Done {
+    let name = match (from.1, q.element) {
+        (_, Element::Bf16) => "cast_to_bf16",
+        (_, Element::F16) => "cast_to_f16",
+        (Element::F16, Element::F32) => "cast_f16_to_float",
+        (_, Element::F32) => "cast_to_float",
     };
-    let mut args = Args::new().with(from).with(to).with(n as u64);
+    let mut args = Args::new().with(from.0).with(to).with(n as u64);
     let grid = q.kernels.blocks(n.div_ceil(8));
     // SAFETY: as the kernel takes them.
     unsafe {
@@ -501,6 +507,9 @@ pub unsafe fn cast(q: Queue<'_>, from: u64, to: u64, n: usize) -> Done {
 /// AdamW on n elements with the bits of [`crate::cpu::adamw`]: the gradient's type is `grad.1`, the
 /// parameter's the queue's.
 ///
+/// # Panics
+/// For bf16 together with f16.
+///
 /// # Safety
 /// See [`add`].
 pub unsafe fn adamw(
@@ -511,12 +520,7 @@ pub unsafe fn adamw(
     param: u64,
     n: usize,
 ) -> Done {
-    let name = match (grad.1, q.element) {
-        (Element::F32, Element::F32) => "adamw_float_float",
-        (Element::F32, Element::Bf16) => "adamw_float_bf16",
-        (Element::Bf16, Element::Bf16) => "adamw_bf16_bf16",
-        (Element::Bf16, Element::F32) => "adamw_bf16_float",
-    };
+    let name = of_types!("adamw", grad.1, q.element);
     let args = Args::new().with(scalars.as_array());
     let args = args.with(u32::from(scalars.is_unchanged())).with(grad.0);
     let args = args.with(master).with(m).with(v).with(param);

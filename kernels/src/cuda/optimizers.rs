@@ -44,14 +44,25 @@ struct Rule {
     numbers: [f32; 10],
 }
 
-fn of_types(names: [&'static str; 4], grad: Element, param: Element) -> &'static str {
-    match (grad, param) {
-        (Element::F32, Element::F32) => names[0],
-        (Element::F32, Element::Bf16) => names[1],
-        (Element::Bf16, Element::Bf16) => names[2],
-        (Element::Bf16, Element::F32) => names[3],
-    }
+/// The kernel of this name for gradients and parameters of these types.
+macro_rules! of_types {
+    ($name:literal, $grad:expr, $param:expr) => {
+        match ($grad, $param) {
+            (Element::F32, Element::F32) => concat!($name, "_float_float"),
+            (Element::F32, Element::Bf16) => concat!($name, "_float_bf16"),
+            (Element::F32, Element::F16) => concat!($name, "_float_f16"),
+            (Element::Bf16, Element::F32) => concat!($name, "_bf16_float"),
+            (Element::F16, Element::F32) => concat!($name, "_f16_float"),
+            (Element::Bf16, Element::Bf16) => concat!($name, "_bf16_bf16"),
+            (Element::F16, Element::F16) => concat!($name, "_f16_f16"),
+            (Element::Bf16, Element::F16) | (Element::F16, Element::Bf16) => {
+                unreachable!("a model has one type of two bytes")
+            }
+        }
+    };
 }
+
+pub(super) use of_types;
 
 /// Any optimizer on n elements with the bits of [`crate::cpu::update`]: the gradient's type is `grad.1`, the
 /// parameter's the queue's. Of [`Scalars::Lamb`] they are a whole tensor, and `sums` is [`LAMB_SUMS`] bytes of memory
@@ -84,23 +95,12 @@ pub unsafe fn update(
                 .launch(q.stream, (name, None), grid, [256, 1], shared, args)
         }
     };
-    let names = |kernel: &[&'static str; 4]| of_types(*kernel, grad.1, q.element);
     if !matches!(scalars, Scalars::Lamb(_)) {
-        let name = names(&[
-            "update_float_float",
-            "update_float_bf16",
-            "update_bf16_bf16",
-            "update_bf16_float",
-        ]);
+        let name = of_types!("update", grad.1, q.element);
         let args = with_states(Args::new().with(optimizer).with(grad.0));
         return launch(name, grid, 0, &mut args.with(param).with(n as u64));
     }
-    let name = names(&[
-        "lamb_moments_float_float",
-        "lamb_moments_float_bf16",
-        "lamb_moments_bf16_bf16",
-        "lamb_moments_bf16_float",
-    ]);
+    let name = of_types!("lamb_moments", grad.1, q.element);
     let args = with_states(Args::new().with(optimizer).with(grad.0)).with(param);
     let strand = square_sum_strand(n) as u64;
     let mut args = args.with(n as u64).with(strand).with(sums);
@@ -113,6 +113,7 @@ pub unsafe fn update(
     let name = match q.element {
         Element::F32 => "lamb_move_float",
         Element::Bf16 => "lamb_move_bf16",
+        Element::F16 => "lamb_move_f16",
     };
     launch(name, grid, 0, &mut args)
 }

@@ -19,7 +19,7 @@ fn attention_agrees() {
             (1, 129, 6, 2, 64),
             (2, 200, 4, 4, 128),
             (1, 70, 2, 1, 256),
-            // In bf16 these are for tensor cores: one row, a tile, its neighbours, groups, several swaths of heads.
+            // In bf16 and f16 these are for tensor cores: one row, a tile, its neighbours, groups, several swaths of heads.
             (1, 1, 1, 1, 64),
             (2, 1, 4, 2, 128),
             (2, 63, 2, 2, 64),
@@ -97,10 +97,10 @@ fn attention_agrees() {
                 let got = floats(t.element, got);
                 // A gradient of nothing but rounding (one token) has no relative error.
                 if wanted.iter().any(|x| x.abs() > 1e-4) {
-                    let limit = if t.element == Element::F32 {
-                        1e-5
-                    } else {
-                        6e-3
+                    let limit = match t.element {
+                        Element::F32 => 1e-5,
+                        Element::Bf16 => 6e-3,
+                        Element::F16 => 7.5e-4,
                     };
                     t.within(&format!("{name} {what}"), &got, wanted, limit);
                 }

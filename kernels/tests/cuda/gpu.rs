@@ -98,15 +98,19 @@ impl Values {
     pub(crate) fn on_device(&self) -> Buffer {
         match self.element {
             Element::F32 => Buffer::of(&self.exact),
-            Element::Bf16 => {
-                let low: Vec<u16> = self
-                    .exact
-                    .iter()
-                    .map(|x| (x.to_bits() >> 16) as u16)
-                    .collect();
-                Buffer::of(&low)
+            element => {
+                let low = self.exact.iter().map(|x| bits(element, *x));
+                Buffer::of(&low.collect::<Vec<u16>>())
             }
         }
+    }
+}
+
+/// As a type of two bytes has it, rounded as the CPU rounds.
+pub(crate) fn bits(element: Element, x: f32) -> u16 {
+    match element {
+        Element::F16 => cpu::round_to_f16(x).to_bits(),
+        _ => cpu::round_to_bf16(x).to_bits(),
     }
 }
 
@@ -118,6 +122,10 @@ pub(crate) fn floats(element: Element, buffer: &Buffer) -> Vec<f32> {
             low.iter()
                 .map(|x| f32::from_bits(u32::from(*x) << 16))
                 .collect()
+        }
+        Element::F16 => {
+            let low = buffer.get::<u16>().into_iter();
+            low.map(|x| half::f16::from_bits(x).to_f32()).collect()
         }
     }
 }
@@ -145,6 +153,7 @@ impl Trial<'_> {
             match element {
                 Element::F32 => x,
                 Element::Bf16 => cpu::round_to_bf16(x).to_f32(),
+                Element::F16 => cpu::round_to_f16(x).to_f32(),
             }
         });
         let exact = exact.collect();
@@ -164,6 +173,7 @@ impl Trial<'_> {
             match self.element {
                 Element::F32 => 3e-6,
                 Element::Bf16 => 4e-3,
+                Element::F16 => 5e-4,
             },
         );
     }
@@ -185,7 +195,7 @@ impl Trial<'_> {
     }
 }
 
-/// Runs `test` in both types, or says that it did not.
+/// Runs `test` in each type, or says that it did not.
 pub(crate) fn on_a_gpu(test: impl Fn(&mut Trial<'_>)) {
     if let Err(error) = probe().and_then(|_| forebay_kernels::cuda::libraries()) {
         assert!(std::env::var_os("FOREBAY_REQUIRE_GPU").is_none(), "{error}");
@@ -201,7 +211,7 @@ pub(crate) fn on_a_gpu(test: impl Fn(&mut Trial<'_>)) {
         _held: held,
     };
     let seed = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
-    for element in [Element::F32, Element::Bf16] {
+    for element in [Element::F32, Element::Bf16, Element::F16] {
         println!("seed {seed}");
         let workers =
             Workers::new(std::thread::available_parallelism().unwrap().into(), "t").unwrap();

@@ -1,5 +1,5 @@
 //! The operations on a CUDA device against those of the CPU (which answer to an f64 oracle), on fresh
-//! random data, in f32 and in bf16. Without a GPU nothing is tried, and that is said;
+//! random data, in f32, bf16 and f16. Without a GPU nothing is tried, and that is said;
 //! `FOREBAY_REQUIRE_GPU=1` makes it a failure.
 //!
 //! Every unsafe block queues an operation or moves bytes between buffers of the test that are as long as
@@ -15,7 +15,7 @@ use forebay_kernels::cpu::{self, AdamW, Exchange, Isa, NormIn, States, ops as ho
 use forebay_kernels::cuda::ops::{self, Queue};
 use forebay_kernels::cuda::{Element, sys};
 use gpu::{Buffer, Mapped, floats, on_a_gpu};
-use half::bf16;
+use half::{bf16, f16};
 use rand::Rng;
 
 #[test]
@@ -240,6 +240,12 @@ fn the_classifier_agrees() {
                 })
                 .collect();
             let scale = 1.0 / tokens as f32;
+            // In f16 most gradients of logits are nothing without it.
+            let loss_scale = if t.element == Element::F16 {
+                8192.0
+            } else {
+                1.0
+            };
             let (mut loss, mut dx) = (0.0, vec![0.0; tokens * hidden]);
             let mut dw = vec![0.125f32; vocabulary * hidden];
             let (dwd, dxd) = (Buffer::of(&dw), t.room(tokens * hidden));
@@ -248,6 +254,7 @@ fn the_classifier_agrees() {
             let grads = host::ClassifierGrads {
                 dx: &mut dx,
                 dweight: &mut dw,
+                scale: loss_scale,
             };
             host::cross_entropy(
                 &t.workers,
@@ -268,7 +275,11 @@ fn the_classifier_agrees() {
             );
             let from = [xd.address, wd.address, td.address];
             let grads = [dxd.address, dwd.address];
-            let to = Some(ops::ClassifierGrads { grads, add: true });
+            let to = Some(ops::ClassifierGrads {
+                grads,
+                add: true,
+                scale: loss_scale,
+            });
             unsafe {
                 ops::cross_entropy(t.queue(), dims, from, scale, ld.address, to, room.address)
                     .unwrap();
@@ -279,14 +290,97 @@ fn the_classifier_agrees() {
                 "classifier dweight",
                 &dwd.get::<f32>(),
                 &dw,
-                if t.element == Element::F32 {
-                    1e-5
-                } else {
-                    4e-3
+                match t.element {
+                    Element::F32 => 1e-5,
+                    Element::Bf16 => 4e-3,
+                    Element::F16 => 5e-4,
                 },
             );
         }
     });
+}
+
+/// What three updates left; parameters as they lie in memory.
+struct Updated {
+    master: Vec<f32>,
+    m: Vec<f32>,
+    v: Vec<f32>,
+    param: Vec<u8>,
+}
+
+/// Of a gradient in the type `from`, into a parameter in the type under test.
+fn updated_on_device(
+    t: &gpu::Trial<'_>,
+    (grad, from): (&[f32], Element),
+    master: &[f32],
+    at: impl Fn(u64) -> cpu::AdamScalars,
+) -> Updated {
+    let (n, zeros) = (master.len(), vec![0.0f32; master.len()]);
+    let [master, m, v] = [master, &zeros, &zeros].map(Buffer::of);
+    let grad = gpu::Values {
+        element: from,
+        exact: grad.to_vec(),
+    };
+    let (grad, param) = (grad.on_device(), t.room(n));
+    let states = [master.address, m.address, v.address];
+    for step in 1..=3 {
+        let (grad, to) = ((grad.address, from), param.address);
+        unsafe { ops::adamw(t.queue(), &at(step), grad, states, to, n).unwrap() };
+    }
+    Updated {
+        master: master.get(),
+        m: m.get(),
+        v: v.get(),
+        param: param.get(),
+    }
+}
+
+/// The same on the CPU.
+fn updated_on_host(
+    t: &gpu::Trial<'_>,
+    (grad, from): (&[f32], Element),
+    master: &[f32],
+    at: impl Fn(u64) -> cpu::AdamScalars,
+) -> Updated {
+    let (mut master, mut m) = (master.to_vec(), vec![0.0f32; master.len()]);
+    let (mut v, mut wide) = (m.clone(), m.clone());
+    let low_grad: Vec<bf16> = grad.iter().map(|x| cpu::round_to_bf16(*x)).collect();
+    let half_grad: Vec<f16> = grad.iter().map(|x| cpu::round_to_f16(*x)).collect();
+    let (mut low, mut half) = (low_grad.clone(), half_grad.clone());
+    for step in 1..=3 {
+        let states = States {
+            master: &mut master,
+            m: &mut m,
+            v: &mut v,
+        };
+        let (wide, low, half) = (&mut wide, &mut low, &mut half);
+        let (low_grad, half_grad) = (&low_grad, &half_grad);
+        let exchange = match (from, t.element) {
+            (Element::F32, Element::F32) => Exchange::F32 { grad, param: wide },
+            (Element::F32, Element::Bf16) => Exchange::F32ToBf16 { grad, param: low },
+            (Element::F32, Element::F16) => Exchange::F32ToF16 { grad, param: half },
+            (Element::Bf16, _) => Exchange::Bf16 {
+                grad: low_grad,
+                param: low,
+            },
+            (Element::F16, _) => Exchange::F16 {
+                grad: half_grad,
+                param: half,
+            },
+        };
+        cpu::adamw_parallel(&t.workers, Isa::best(), &at(step), states, exchange);
+    }
+    let param = match t.element {
+        Element::F32 => wide.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        Element::Bf16 => low.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        Element::F16 => half.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    };
+    Updated {
+        master,
+        m,
+        v,
+        param,
+    }
 }
 
 #[test]
@@ -295,17 +389,16 @@ fn adamw_and_the_square_sum_have_the_bits_of_the_cpu() {
         let n: usize =
             std::env::var("FOREBAY_ADAM_ELEMENTS").map_or(3_000_001, |text| text.parse().unwrap());
         // All kinds of bits: ties of the rounding and subnormals among them.
-        let mut any = |i: usize| match i % 7 {
+        let mut any = |i: usize| match i % 9 {
             0 => f32::from_bits(t.random.random::<u32>() & 0x807f_ffff),
             1 => f32::from_bits((t.random.random::<u32>() & 0x3fff_0000) | 0x8000),
             2 => 0.0,
+            3 => f32::from_bits((t.random.random::<u32>() & 0x3fff_e000) | 0x1000),
+            4 => t.random.random_range(-1e-7..1e-7),
             _ => t.random.random_range(-1.0..1.0),
         };
         let grad: Vec<f32> = (0..n).map(&mut any).collect();
-        let mut master: Vec<f32> = (0..n).map(&mut any).collect();
-        let (mut m, mut v): (Vec<f32>, Vec<f32>) = (vec![0.0; n], vec![0.0; n]);
-        let (md, ad, vd) = (Buffer::of(&master), Buffer::of(&m), Buffer::of(&v));
-        let (gd, pd) = (Buffer::of(&grad), t.room(n));
+        let master: Vec<f32> = (0..n).map(&mut any).collect();
         let adam = AdamW {
             weight_decay: 0.1,
             lr: 1e-3,
@@ -313,56 +406,95 @@ fn adamw_and_the_square_sum_have_the_bits_of_the_cpu() {
             beta2: 0.999,
             eps: 1e-8,
         };
-        let mut param = vec![bf16::ZERO; n];
-        let mut wide = vec![0.0f32; n];
-        for step in 1..=3 {
-            let scalars = adam.at(step, 1e-3, 0.7);
-            let states = [md.address, ad.address, vd.address];
-            unsafe {
-                let from = (gd.address, Element::F32);
-                ops::adamw(t.queue(), &scalars, from, states, pd.address, n).unwrap();
-            }
-            let states = States {
-                master: &mut master,
-                m: &mut m,
-                v: &mut v,
-            };
-            let exchange = match t.element {
-                Element::F32 => Exchange::F32 {
-                    grad: &grad,
-                    param: &mut wide,
-                },
-                Element::Bf16 => Exchange::F32ToBf16 {
-                    grad: &grad,
-                    param: &mut param,
-                },
-            };
-            cpu::adamw_parallel(&t.workers, Isa::best(), &scalars, states, exchange);
-        }
         let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        for (what, got, wanted) in [("master", &md, &master), ("m", &ad, &m), ("v", &vd, &v)] {
-            assert!(bits(&got.get::<f32>()) == bits(wanted), "{what} differs");
-        }
-        match t.element {
-            Element::F32 => assert!(bits(&pd.get::<f32>()) == bits(&wide), "parameters differ"),
-            Element::Bf16 => {
-                let wanted: Vec<u16> = param.iter().map(|x| x.to_bits()).collect();
-                assert!(pd.get::<u16>() == wanted, "parameters differ");
+        let mut kinds = vec![Element::F32, t.element];
+        kinds.dedup();
+        for from in kinds {
+            let at = |step| adam.at(step, 1e-3, 0.7);
+            let device = updated_on_device(t, (&grad, from), &master, at);
+            let host = updated_on_host(t, (&grad, from), &master, at);
+            let what = format!("{from:?} to {:?}", t.element);
+            for (name, got, wanted) in [
+                ("master", &device.master, &host.master),
+                ("m", &device.m, &host.m),
+                ("v", &device.v, &host.v),
+            ] {
+                assert!(bits(got) == bits(wanted), "{what}: {name} differs");
             }
-        }
-        println!("{n} elements, 3 steps, to {:?}: equal bits", t.element);
-        let (sums, q) = (
-            Buffer::new(ops::SQUARE_SUMS),
-            Queue {
-                element: Element::F32,
+            assert!(device.param == host.param, "{what}: parameters differ");
+            println!("{n} elements, 3 steps, {what}: equal bits");
+            let few = n.min(1_000_003);
+            let values = gpu::Values {
+                element: from,
+                exact: grad[..few].to_vec(),
+            };
+            let (sums, values) = (Buffer::new(ops::SQUARE_SUMS), values.on_device());
+            let q = Queue {
+                element: from,
                 ..t.queue()
-            },
-        );
-        let few = n.min(1_000_003);
-        unsafe { ops::square_sum(q, gd.address, few, sums.address).unwrap() };
-        let got: f64 = sums.get::<f64>().iter().sum();
-        let wanted = cpu::square_sum(&t.workers, NormIn::F32(&grad[..few])).sum;
-        assert_eq!(got.to_bits(), wanted.to_bits());
+            };
+            unsafe { ops::square_sum(q, values.address, few, sums.address).unwrap() };
+            let got: f64 = sums.get::<f64>().iter().sum();
+            let wide = floats(from, &values);
+            let wanted = cpu::square_sum(&t.workers, NormIn::F32(&wide)).sum;
+            assert_eq!(got.to_bits(), wanted.to_bits());
+        }
+    });
+}
+
+/// Every value of the narrow type, the middle between it and the next, and the nearest f32 on either side; NaN
+/// and what is too large as well.
+#[test]
+fn casts_have_the_bits_of_the_cpu() {
+    on_a_gpu(|t| {
+        if t.element == Element::F32 {
+            return;
+        }
+        let lower = [
+            0u32, 1, 0xfff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xf000,
+        ];
+        let upper = 0..=u32::from(u16::MAX);
+        // In f16 halves stand at bit 12, in bf16 at bit 15; between them all of f16's last places.
+        let all = upper.flat_map(|upper| {
+            let places = (0..8).map(move |place| place << 13);
+            let lower = lower
+                .iter()
+                .copied()
+                .chain(places.flat_map(|p| [p | 0xfff, p | 0x1000, p | 0x1001]));
+            lower.map(move |lower| f32::from_bits(upper << 16 | lower))
+        });
+        let all: Vec<f32> = all.collect();
+        let (from, to) = (Buffer::of(&all), t.room(all.len()));
+        unsafe {
+            ops::cast(
+                t.queue(),
+                (from.address, Element::F32),
+                to.address,
+                all.len(),
+            )
+            .unwrap()
+        };
+        let (got, element) = (to.get::<u16>(), t.element);
+        for (x, got) in all.iter().zip(&got) {
+            let wanted = gpu::bits(element, *x);
+            assert_eq!(*got, wanted, "{element:?} of {:08x}", x.to_bits());
+        }
+        // And back, exactly; of NaN only that it is one.
+        let every: Vec<u16> = (0..=u16::MAX).collect();
+        let (from, to) = (Buffer::of(&every), Buffer::new(4 * every.len()));
+        let q = Queue {
+            element: Element::F32,
+            ..t.queue()
+        };
+        unsafe { ops::cast(q, (from.address, element), to.address, every.len()).unwrap() };
+        for (bits, got) in every.iter().zip(to.get::<f32>()) {
+            let wanted = match element {
+                Element::F16 => f16::from_bits(*bits).to_f32(),
+                _ => bf16::from_bits(*bits).to_f32(),
+            };
+            let same = got.to_bits() == wanted.to_bits() || got.is_nan() && wanted.is_nan();
+            assert!(same, "{element:?} {bits:04x}: {got} for {wanted}");
+        }
     });
 }
 

@@ -2,10 +2,11 @@
 
 use forebay_kernels::cpu::{
     self, Exchange, Isa, Master, Moment, Optimizer, Scalars, StateFormat, round_to_bf16,
+    round_to_f16,
 };
 use forebay_kernels::cuda::Element;
 use forebay_kernels::cuda::ops::{self, StatesAt};
-use half::bf16;
+use half::{bf16, f16};
 
 use super::gpu::{Buffer, Trial, floats, on_a_gpu};
 
@@ -46,9 +47,11 @@ fn three_steps(t: &mut Trial<'_>, optimizer: &Optimizer, format: StateFormat) {
     let (there, sums) = (Buffer::of(&states), Buffer::new(ops::LAMB_SUMS));
     let mut wide = masters[RUN].to_vec();
     let mut narrow: Vec<bf16> = wide.iter().map(|x| round_to_bf16(*x)).collect();
+    let mut half: Vec<f16> = wide.iter().map(|x| round_to_f16(*x)).collect();
     let param = match t.element {
         Element::Bf16 => Buffer::of(&narrow),
-        _ => Buffer::of(&wide),
+        Element::F16 => Buffer::of(&half),
+        Element::F32 => Buffer::of(&wide),
     };
     let at = StatesAt {
         format,
@@ -68,12 +71,17 @@ fn three_steps(t: &mut Trial<'_>, optimizer: &Optimizer, format: StateFormat) {
         let (q, to) = (t.queue(), param.address);
         unsafe { ops::update(q, &scalars, from, at, to, n, sums.address).unwrap() };
         let grads: Vec<bf16> = grad.exact.iter().map(|x| bf16::from_f32(*x)).collect();
+        let halves: Vec<f16> = grad.exact.iter().map(|x| f16::from_f32(*x)).collect();
         let exchange = match t.element {
             Element::Bf16 => Exchange::Bf16 {
                 grad: &grads,
                 param: &mut narrow,
             },
-            _ => Exchange::F32 {
+            Element::F16 => Exchange::F16 {
+                grad: &halves,
+                param: &mut half,
+            },
+            Element::F32 => Exchange::F32 {
                 grad: &grad.exact,
                 param: &mut wide,
             },
@@ -86,7 +94,8 @@ fn three_steps(t: &mut Trial<'_>, optimizer: &Optimizer, format: StateFormat) {
     }
     let wanted: Vec<f32> = match t.element {
         Element::Bf16 => narrow.iter().map(|x| x.to_f32()).collect(),
-        _ => wide,
+        Element::F16 => half.iter().map(|x| x.to_f32()).collect(),
+        Element::F32 => wide,
     };
     let got = floats(t.element, &param);
     let same = got

@@ -1,8 +1,8 @@
 //! Between types.
 
-use forebay_kernels::cpu::f32_to_bf16;
+use forebay_kernels::cpu::{f32_to_bf16, f32_to_f16};
 use forebay_kernels::cuda::ops as cuda;
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{expect, words};
 use crate::error::Result;
@@ -29,18 +29,28 @@ impl Operation for Cast {
         let (from, to) = (args.input()?, args.output()?);
         let q = cx.queue(to.dtype);
         // SAFETY: as many elements each (checked by `cast`), on the device.
-        words(unsafe { cuda::cast(q, from.address, to.address, to.elements) })
+        words(unsafe {
+            cuda::cast(
+                q,
+                (from.address, from.dtype.element()),
+                to.address,
+                to.elements,
+            )
+        })
     }
 }
 
-/// `to = from`, rounded half up (f32 to bf16) or exactly (bf16 to f32).
+/// `to = from`, rounded (f32 to bf16: half up; f32 to f16: to nearest even) or exactly (to f32).
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for other types or shapes; [`Error::Scratch`](crate::Error::Scratch).
 pub fn cast(step: &Step<'_>, from: &Tensor<'_>, to: &mut TensorMut<'_>) -> Result<()> {
     let types = [from.dtype(), to.dtype()];
     let fits = from.shape() == to.shape()
-        && [[DType::F32, DType::Bf16], [DType::Bf16, DType::F32]].contains(&types);
+        && matches!(
+            types,
+            [DType::F32, DType::Bf16 | DType::F16] | [DType::Bf16 | DType::F16, DType::F32]
+        );
     expect("cast", fits, || {
         format!("{from:?} cannot be cast to {to:?}")
     })?;
@@ -49,7 +59,7 @@ pub fn cast(step: &Step<'_>, from: &Tensor<'_>, to: &mut TensorMut<'_>) -> Resul
 
 /// The gradient that leaves, from the sums in f32 that it was.
 #[derive(Clone, Copy)]
-struct Narrow;
+struct Narrow(DType);
 
 impl Operation for Narrow {
     fn name(&self) -> &'static str {
@@ -57,7 +67,11 @@ impl Operation for Narrow {
     }
 
     fn host(&self, _: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
-        f32_to_bf16(args.input::<f32>()?, args.output::<bf16>()?);
+        let from = args.input::<f32>()?;
+        match self.0 {
+            DType::F16 => f32_to_f16(from, args.output::<f16>()?),
+            _ => f32_to_bf16(from, args.output::<bf16>()?),
+        }
         Ok(())
     }
 
@@ -66,7 +80,11 @@ impl Operation for Narrow {
     }
 }
 
-/// The launch that casts sums in f32 to bf16, for the engine itself: it needs no room to widen in.
+/// The launch that casts sums in f32 to bf16 or f16, for the engine itself: it needs no room to widen in.
 pub(crate) fn narrow(from: View, to: View) -> Result<Launch> {
-    Launch::new(Narrow, &[Tensor::new(from)], &[TensorMut::new(to)])
+    Launch::new(
+        Narrow(to.dtype),
+        &[Tensor::new(from)],
+        &[TensorMut::new(to)],
+    )
 }

@@ -15,7 +15,8 @@ pub use forebay_kernels::cpu::ops::IGNORED;
 struct CrossEntropy {
     dims: host::ClassifierDims,
     scale: f32,
-    grads: bool,
+    /// Of the gradients beside, if they are wanted.
+    grads: Option<f32>,
 }
 
 impl Operation for CrossEntropy {
@@ -24,27 +25,28 @@ impl Operation for CrossEntropy {
     }
 
     fn flops(&self) -> u64 {
-        let products = if self.grads { 3 } else { 1 };
+        let products = if self.grads.is_some() { 3 } else { 1 };
         let dims = self.dims;
         2 * (products * dims.tokens * dims.vocabulary * dims.hidden) as u64
     }
 
     fn sets(&self) -> Option<usize> {
-        self.grads.then_some(3)
+        self.grads.map(|_| 3)
     }
 
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
         let fresh = args.fresh();
         let (x, weight, targets) = (args.input()?, args.input()?, args.input()?);
         let (loss, scratch) = (args.output::<f32>()?, args.output()?);
-        let grads = if self.grads {
-            let (dx, dweight) = (args.output()?, args.output::<f32>()?);
-            if fresh {
-                dweight.fill(0.0);
+        let grads = match self.grads {
+            Some(scale) => {
+                let (dx, dweight) = (args.output()?, args.output::<f32>()?);
+                if fresh {
+                    dweight.fill(0.0);
+                }
+                Some(host::ClassifierGrads { dx, dweight, scale })
             }
-            Some(host::ClassifierGrads { dx, dweight })
-        } else {
-            None
+            None => None,
         };
         let Self { dims, scale, .. } = *self;
         let (w, loss) = (&cx.workers, &mut loss[0]);
@@ -56,11 +58,12 @@ impl Operation for CrossEntropy {
         let add = !args.fresh();
         let (x, weight, targets) = (args.input()?, args.input()?, args.input()?);
         let (loss, scratch) = (args.output()?, args.output()?);
-        let grads = if self.grads {
-            let grads = [args.output()?.address, args.output()?.address];
-            Some(cuda::ClassifierGrads { grads, add })
-        } else {
-            None
+        let grads = match self.grads {
+            Some(scale) => {
+                let grads = [args.output()?.address, args.output()?.address];
+                Some(cuda::ClassifierGrads { grads, add, scale })
+            }
+            None => None,
         };
         let from = [x.address, weight.address, targets.address];
         let (q, to, room) = (cx.queue(x.dtype), loss.address, scratch.address);
@@ -76,6 +79,8 @@ pub struct ClassifierGrads<'a> {
     pub dx: TensorMut<'a>,
     /// `[vocabulary, hidden]`, added to.
     pub dweight: TensorMut<'a>,
+    /// By what both are multiplied, and the loss is not: [`Step::loss_scale`].
+    pub loss_scale: f32,
 }
 
 /// `loss = scale · Σ over counted tokens of (logsumexp(x · weightᵀ) - the target's logit)`, with
@@ -125,12 +130,13 @@ pub fn cross_entropy(
     let op = CrossEntropy {
         dims,
         scale,
-        grads: grads.is_some(),
+        grads: grads.as_ref().map(|grads| grads.loss_scale),
     };
     let inputs = [*x, *weight, *targets];
     let Some(ClassifierGrads {
         mut dx,
         mut dweight,
+        ..
     }) = grads
     else {
         return step.launch(op, &inputs, &[loss.reborrow(), scratch.reborrow()]);

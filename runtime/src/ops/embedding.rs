@@ -2,7 +2,7 @@
 
 use forebay_kernels::cpu::ops as host;
 use forebay_kernels::cuda::ops as cuda;
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{expect, expect_tensor, expect_types, scratch, words};
 use crate::error::Result;
@@ -30,6 +30,7 @@ impl Operation for Forward {
         let (w, cols, ids) = (&cx.workers, self.cols, args.input()?);
         let done = match self.table {
             DType::Bf16 => host::embedding::<bf16>(w, cols, ids, args.input()?, args.output()?),
+            DType::F16 => host::embedding::<f16>(w, cols, ids, args.input()?, args.output()?),
             DType::F32 | DType::U32 => {
                 host::embedding::<f32>(w, cols, ids, args.input()?, args.output()?)
             }

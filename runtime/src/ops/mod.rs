@@ -2,7 +2,7 @@
 //!
 //! Each takes the [`Step`] it belongs to, reads [`Tensor`](crate::Tensor)s and writes
 //! [`TensorMut`]s, all row-major. Parameters and activations of a call are of one
-//! type, f32 or bf16; gradients of weights, losses and sums are f32. Shapes and types are checked here, before anything is queued; what an operation needs besides is taken from the
+//! type, f32, bf16 or f16; gradients of weights, losses and sums are f32. Shapes and types are checked here, before anything is queued; what an operation needs besides is taken from the
 //! step's scratch memory. Gradients of weights are *added* to, those of activations overwritten,
 //! except where a parameter says otherwise. An operation of your own goes the same way:
 //! [`Operation`](crate::Operation).
@@ -83,7 +83,7 @@ fn expect_types(operation: &'static str, compute: &[DType], sums: &[DType]) -> R
         || {
             format!(
                 "parameters and activations are {compute:?} and sums {sums:?}; the former must be all \
-             F32 or all Bf16, the latter F32"
+             F32, Bf16 or F16, the latter F32"
             )
         },
     )

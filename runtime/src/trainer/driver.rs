@@ -137,6 +137,11 @@ impl Driver for Engine {
         Ok(())
     }
 
+    fn loss_scale(&mut self) -> Result<f64> {
+        let scale = self.scale_of_step();
+        self.sticky(scale)
+    }
+
     fn target(&self) -> Target {
         self.device.target()
     }
@@ -284,6 +289,7 @@ impl Engine {
     fn finish_pass(&mut self, ending: Ending) -> Result<Finished> {
         self.walking = false;
         let step = self.stage.map_or(0, |(_, task)| task.step);
+        self.check_scaled(ending)?;
         if let Some((_, task)) = self.stage.take().filter(|_| self.pass == Pass::Train) {
             self.open.of_mut(task.step).ending = Some(ending);
         }

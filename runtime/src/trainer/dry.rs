@@ -123,6 +123,9 @@ impl Driver for Dry {
         out.fill(0.0);
         Ok(())
     }
+    fn loss_scale(&mut self) -> Result<f64> {
+        Ok(1.0)
+    }
     fn target(&self) -> Target {
         self.target
     }

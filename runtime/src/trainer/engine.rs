@@ -12,6 +12,7 @@ use forebay_pinned::Arena;
 use forebay_prefetch::{Lane, Placement, Plan, Scheduler, SectionId, TaskKind, TaskRef};
 
 use super::ahead::RunAhead;
+use super::loss_scale::Scaler;
 use super::norm::Resolving;
 use super::options::Publish;
 use super::places::{Places, SlabPlace};
@@ -63,6 +64,8 @@ pub(super) enum Pass {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OpenStep {
     pub(super) lr: f64,
+    /// Once the trainer has asked: by what the gradient is multiplied.
+    pub(super) loss_scale: Option<f64>,
     /// Once the trainer has ended it: what becomes of its gradient.
     pub(super) ending: Option<Ending>,
     /// Once the norm is known: what the updates use.
@@ -100,6 +103,7 @@ pub(super) struct Parts {
     pub(super) lane: WorkQueue,
     pub(super) notifier: Arc<Notifier>,
     pub(super) clip: Option<f64>,
+    pub(super) scaler: Scaler,
     pub(super) publish: Publish,
     pub(super) ahead: RunAhead,
     pub(super) trace: Option<Trace>,
@@ -124,9 +128,13 @@ pub(crate) struct Engine {
     pub(super) moving: Vec<Moving>,
     pub(super) runs: Vec<Arc<[Run]>>,
     pub(super) open: OpenSteps,
+    /// The newest training step, as the scheduler counts them.
+    pub(super) newest: u64,
     /// With delayed updates: the newest step whose gradient nothing has applied yet.
     pub(super) waiting: Option<u64>,
     pub(super) clip: Option<f64>,
+    /// As far as norms are known.
+    pub(super) scaler: Scaler,
     pub(super) publish: Publish,
     /// Steps that were applied and not skipped: the count of the bias corrections.
     pub(super) applied: u64,
@@ -186,8 +194,10 @@ impl Engine {
             flying: Vec::with_capacity(2 * tasks),
             moving: Vec::with_capacity(128),
             open: OpenSteps::default(),
+            newest: 0,
             waiting: None,
             clip: parts.clip,
+            scaler: parts.scaler,
             publish: parts.publish,
             ahead: parts.ahead,
             applied: 0,
@@ -231,6 +241,7 @@ impl Engine {
                 applies,
                 ..OpenStep::default()
             };
+            self.newest = step;
             self.steps += 1;
             self.telemetry.begin_step();
         }

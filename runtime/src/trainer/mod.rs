@@ -5,6 +5,7 @@ mod delayed;
 mod driver;
 mod dry;
 mod engine;
+mod loss_scale;
 mod norm;
 mod on_device;
 mod options;
@@ -21,6 +22,7 @@ mod update;
 mod weights;
 
 pub use dry::{Footprint, Pass, footprint};
+pub use loss_scale::{DynamicScale, LossScale};
 pub use options::{
     Adagrad, AdamW, Ahead, DeviceChoice, ExternalStream, IoChoice, Lamb, Lion, Moment, Optimizer,
     Options, Policy, Publish, Sgd, Target, Updates,
@@ -47,6 +49,7 @@ use crate::queue::{Notifier, WorkQueue};
 use crate::tensor::DType;
 use ahead::RunAhead;
 use engine::{Engine, Parts, Pass as Walk, key};
+use loss_scale::{ScaleState, Scaler};
 use places::Places;
 use scratch::Scratch;
 use trace::{Shifts, Trace};
@@ -78,6 +81,9 @@ struct Meta {
     steps: u64,
     /// Those that were not skipped.
     applied: u64,
+    /// What decides the next loss scale, if norms do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss_scale: Option<ScaleState>,
     /// The user's text.
     user: String,
     /// How the states came to be, and how they are kept; of AdamW's in f32 before there were others.
@@ -134,6 +140,7 @@ impl Trainer {
         }
         trainer.engine.steps = meta.steps;
         trainer.engine.applied = meta.applied;
+        trainer.engine.scaler.restore(meta.loss_scale);
         trainer.user = meta.user;
         trainer.engine.restore()?;
         Ok(trainer)
@@ -143,6 +150,7 @@ impl Trainer {
         let target = options.target()?;
         model.validate()?;
         check_optimizer(&model, options)?;
+        let scaler = Scaler::new(options.loss_scale, model.dtype)?;
         let order_model = model.order();
         let budgets = budgets(options)?;
         let placement = chosen(&model, &order_model, footprint, options, budgets)?;
@@ -210,6 +218,7 @@ impl Trainer {
             },
             device,
             clip: options.clip,
+            scaler,
             publish: options.publish,
             ahead: RunAhead::new(options.ahead, undo),
             trace,
@@ -288,6 +297,7 @@ impl Trainer {
         let meta = Meta {
             steps,
             applied,
+            loss_scale: self.engine.scaler.state(),
             user: user.to_owned(),
             states: Some(self.states.clone()),
         };
@@ -302,7 +312,14 @@ impl Trainer {
         self.engine.steps
     }
 
-    /// The global norm of the newest gradient whose norm is known, before clipping.
+    /// By what the next step is to multiply the gradient of its loss, as far as norms are known by now; nothing
+    /// without [loss scaling](Options::loss_scale).
+    pub fn loss_scale(&self) -> Option<f64> {
+        let scaler = &self.engine.scaler;
+        scaler.on().then(|| scaler.scale())
+    }
+
+    /// The global norm of the newest gradient whose norm is known, before clipping and without the loss scale.
     pub fn grad_norm(&self) -> f64 {
         self.engine.last_norm
     }

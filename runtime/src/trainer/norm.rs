@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use forebay_prefetch::{GradHome, SectionId, TaskId, TaskKind, TaskRef, Tier};
 
-use super::engine::{Ending, Engine};
+use super::engine::{Ending, Engine, Pass};
 use super::update::StepScalars;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::queue::Seq;
 
 /// A step that ran ahead of its norm, which is known now.
@@ -34,23 +34,27 @@ impl Engine {
             .sections()
             .map(|section| self.places.sum(section))
             .sum();
-        let norm = sum.sqrt();
+        // Exact: the scale is a power of two.
+        let norm = sum.sqrt() / self.scale_at(task.step);
         self.last_norm = norm;
-        let scale = match self.clip {
+        let clip = match self.clip {
             Some(clip) => (clip / (norm + 1e-6)).min(1.0),
             None => 1.0,
         };
+        if ending == Ending::Apply {
+            self.scaler.saw(norm.is_finite());
+        }
         let counts = norm.is_finite() && ending == Ending::Apply;
         let scalars = if counts {
             self.applied += 1;
-            self.scalars(task.step, self.applied, scale)
+            self.scalars(task.step, self.applied, clip)
         } else {
             self.skipped += u64::from(ending == Ending::Apply);
             StepScalars::unchanged()
         };
         self.open.of_mut(task.step).scalars = Some(scalars);
         // Early updates counted on a step like this one.
-        let stands = counts && scale == 1.0;
+        let stands = counts && clip == 1.0;
         self.ahead.decided(stands);
         if !self.ahead.any() && (stands || !self.any_passing()) {
             self.done(task);
@@ -77,13 +81,48 @@ impl Engine {
         self.placement.grad_home(section) == GradHome::Passing
     }
 
-    fn scalars(&self, step: u64, applied: u64, scale: f64) -> StepScalars {
+    fn scalars(&self, step: u64, applied: u64, clip: f64) -> StepScalars {
         let lr = self.open.of(step).lr;
+        let scale = clip / self.scale_at(step);
         let optimizer = self.updater.optimizer;
         StepScalars {
             decayed: optimizer.at(applied, lr, scale),
             plain: optimizer.without_decay().at(applied, lr, scale),
         }
+    }
+
+    /// By what the gradient of a step is multiplied: 1 if the trainer did not ask.
+    fn scale_at(&self, step: u64) -> f64 {
+        self.open.of(step).loss_scale.unwrap_or(1.0)
+    }
+
+    /// By what the step at hand multiplies the gradient of its loss. Where that depends on the norm of the step
+    /// before, it is waited for: no update of that step ends before it either.
+    pub(super) fn scale_of_step(&mut self) -> Result<f64> {
+        if self.pass == Pass::Eval {
+            return Ok(1.0);
+        }
+        let now = self.newest;
+        if let Some(known) = self.open.of(now).loss_scale {
+            return Ok(known);
+        }
+        if self.scaler.follows_norms() && now > 0 {
+            self.wait_until(|engine| engine.open.of(now - 1).scalars.is_some())?;
+        }
+        let scale = self.scaler.scale();
+        self.open.of_mut(now).loss_scale = Some(scale);
+        Ok(scale)
+    }
+
+    /// Refuses a gradient that would be divided by a scale that it was never multiplied by.
+    pub(super) fn check_scaled(&self, ending: Ending) -> Result<()> {
+        let asked = self.open.of(self.newest).loss_scale.is_some();
+        if self.pass == Pass::Eval || ending == Ending::Discard || !self.scaler.on() || asked {
+            return Ok(());
+        }
+        let what = "the step never asked for its loss scale: multiply the gradient of the loss by \
+                    Step::loss_scale, or set Options::loss_scale to none";
+        Err(Error::Misuse(what.to_owned()))
     }
 
     /// What the updates of a step use. Before the norm the step counts as one that will be applied, and not

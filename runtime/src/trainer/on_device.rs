@@ -6,7 +6,7 @@ use std::sync::Arc;
 use forebay_kernels::cpu::{self, Exchange, Isa, NormIn, Scalars, StateFormat, square_sum};
 use forebay_kernels::cuda::ops::{self as cuda, SQUARE_SUMS, StatesAt};
 use forebay_prefetch::{SectionId, Task, TaskRef};
-use half::bf16;
+use half::{bf16, f16};
 
 use super::engine::{Engine, Sign};
 use crate::device::{Span, Stream};
@@ -29,6 +29,7 @@ impl Operation for SquareSum {
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
         let values = match self.0 {
             DType::Bf16 => NormIn::Bf16(args.input::<bf16>()?),
+            DType::F16 => NormIn::F16(args.input::<f16>()?),
             DType::F32 | DType::U32 => NormIn::F32(args.input::<f32>()?),
         };
         let bits = square_sum(&cx.workers, values).sum.to_bits();
@@ -66,18 +67,20 @@ impl Operation for Update {
     }
 
     fn host(&self, cx: &HostContext, mut args: HostArgs<'_>) -> Result<(), String> {
-        let bf16 = self.dtype == DType::Bf16;
         let states = bytemuck::cast_slice_mut(args.output::<u32>()?);
-        let exchange = if bf16 {
-            Exchange::Bf16 {
+        let exchange = match self.dtype {
+            DType::Bf16 => Exchange::Bf16 {
                 grad: args.input()?,
                 param: args.output()?,
-            }
-        } else {
-            Exchange::F32 {
+            },
+            DType::F16 => Exchange::F16 {
                 grad: args.input()?,
                 param: args.output()?,
-            }
+            },
+            DType::F32 | DType::U32 => Exchange::F32 {
+                grad: args.input()?,
+                param: args.output()?,
+            },
         };
         let (grads, _) = exchange.lens();
         let run = self.first..self.first + grads;

@@ -10,6 +10,7 @@ use forebay_nvme::medium::Medium;
 use forebay_prefetch::PlaceRates;
 pub use forebay_prefetch::Policy;
 
+use super::loss_scale::LossScale;
 use crate::error::Result;
 pub use crate::target::{DeviceChoice, ExternalStream, Target};
 
@@ -122,6 +123,9 @@ pub struct Options {
     /// The largest global norm of a step's gradient; larger ones are scaled down to it. With
     /// `None`, sections whose states are on disk are updated before the backward pass has ended.
     pub clip: Option<f64>,
+    /// By what steps multiply the gradient of their loss. Where it is not nothing, a step has to ask for it
+    /// ([`Step::loss_scale`](crate::Step::loss_scale)).
+    pub loss_scale: LossScale,
     /// Whether updates run before the norm that `clip` looks at is known.
     pub ahead: Ahead,
     /// Whether a step's gradient is applied before the next step or beside it.
@@ -192,6 +196,7 @@ impl Options {
             moments: Moment::F32,
             split_master: false,
             clip: Some(1.0),
+            loss_scale: LossScale::Auto,
             ahead: Ahead::Auto,
             updates: Updates::Exact,
             optimizer_chunk: None,

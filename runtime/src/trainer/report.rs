@@ -110,6 +110,7 @@ fn update_rate(options: &Options, dtype: DType) -> Result<f64> {
                 param: bytemuck::cast_slice_mut(&mut param[..]),
             },
             (DType::Bf16, false) => Exchange::InPlaceBf16(bytemuck::cast_slice_mut(&mut grad[..])),
+            (DType::F16, _) => Exchange::InPlaceF16(bytemuck::cast_slice_mut(&mut grad[..])),
             (DType::F32 | DType::U32, _) => {
                 Exchange::InPlaceF32(bytemuck::cast_slice_mut(&mut grad[..]))
             }

@@ -52,6 +52,8 @@ pub(crate) trait Driver {
     fn loss(&mut self, from: View) -> Result<()>;
     /// Copies to the host and waits.
     fn read(&mut self, from: View, out: &mut [f32]) -> Result<()>;
+    /// By what the gradient of the loss is to be multiplied.
+    fn loss_scale(&mut self) -> Result<f64>;
     /// What operations run on.
     fn target(&self) -> Target;
     /// All stages were left: the loss, once it is known.
@@ -250,12 +252,12 @@ impl<'t> Step<'t> {
         self.core.borrow_mut().driver.loss(loss.view)
     }
 
-    /// Copies a tensor of f32 or bf16 to the host, waiting for all that was queued: for logits and
+    /// Copies a tensor of f32, bf16 or f16 to the host, waiting for all that was queued: for logits and
     /// tests, not for the path of a step.
     ///
     /// # Errors
     /// [`Error::Shape`] if `out` has another length or the type is another; [`Error::Scratch`], for
-    /// bf16 is cast on the device; the device's failure.
+    /// what is not f32 is cast on the device; the device's failure.
     pub fn read(&self, tensor: &Tensor<'_>, out: &mut [f32]) -> Result<()> {
         if tensor.shape().elements() != out.len() || tensor.dtype() == DType::U32 {
             let what = format!("{tensor:?} does not fit {} f32 values", out.len());
@@ -274,12 +276,25 @@ impl<'t> Step<'t> {
         self.core.borrow_mut().driver.read(wide.view, out)
     }
 
+    /// By what this step has to multiply the gradient of its loss, before anything follows from it: a power of two,
+    /// and 1 without [scaling](crate::Options::loss_scale). All gradients of the step are then those of the loss times
+    /// this; norms and updates divide by it. The loss that is reported is not multiplied.
+    ///
+    /// Where the scale depends on the norm of the step before, that is waited for: ask late, where the loss is.
+    ///
+    /// # Errors
+    /// Whatever failed in the step before.
+    pub fn loss_scale(&self) -> Result<f32> {
+        // Exact: see `LossScale` for its range.
+        Ok(self.core.borrow_mut().driver.loss_scale()? as f32)
+    }
+
     /// Queues an operation: one of [`crate::ops`] or your own. Outputs are handed over for the call
     /// ([`TensorMut::reborrow`]).
     ///
     /// # Errors
     /// [`Error::Shape`] if an output overlaps another tensor of the call. [`Error::Scratch`], for on
-    /// the host device bf16 tensors are widened for the operation.
+    /// the host device bf16 and f16 tensors are widened for the operation.
     pub fn launch<O: Operation>(
         &self,
         operation: O,
@@ -319,7 +334,8 @@ impl<'t> Step<'t> {
     /// Ends the step. Returns once the loss is known; gradients, updates and writes go on behind.
     ///
     /// # Errors
-    /// [`Error::Misuse`] if stages are missing; whatever failed on the way.
+    /// [`Error::Misuse`] if stages are missing, or losses are scaled and [`Step::loss_scale`] was not asked for;
+    /// whatever failed on the way.
     pub fn finish(self) -> Result<Finished> {
         self.end(Ending::Apply)
     }
@@ -486,7 +502,8 @@ impl StageLease<'_> {
         }))
     }
 
-    /// The gradient accumulator of a tensor, in f32; operations add to it.
+    /// The gradient accumulator of a tensor, in f32; operations add to it. Of the loss times
+    /// [`Step::loss_scale`].
     ///
     /// # Errors
     /// [`Error::Misuse`] if the stage did not declare the section or it has no such tensor.

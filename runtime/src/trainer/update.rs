@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use forebay_kernels::cpu::{
     self, Binding, Exchange, Isa, Kept, Optimizer, Scalars, StateFormat, Stored, Workers,
-    f32_to_bf16, update_ahead, update_rest, update_undo,
+    f32_to_bf16, f32_to_f16, update_ahead, update_rest, update_undo,
 };
 
 use super::trace::Shifts;
@@ -249,6 +249,11 @@ unsafe fn each_run(
                     param: run_of(param, start, len),
                 },
                 (DType::Bf16, None) => Exchange::InPlaceBf16(run_of(place.grad, start, len)),
+                (DType::F16, Some(param)) => Exchange::F16 {
+                    grad: run_of(place.grad, start, len),
+                    param: run_of(param, start, len),
+                },
+                (DType::F16, None) => Exchange::InPlaceF16(run_of(place.grad, start, len)),
                 (_, Some(param)) => Exchange::F32 {
                     grad: run_of(place.grad, start, len),
                     param: run_of(param, start, len),
@@ -286,6 +291,7 @@ pub(super) unsafe fn cast_masters(masters: &[f32], to: *mut u8, dtype: DType) {
     unsafe {
         match dtype {
             DType::Bf16 => f32_to_bf16(masters, run_of(to, 0, masters.len())),
+            DType::F16 => f32_to_f16(masters, run_of(to, 0, masters.len())),
             DType::F32 | DType::U32 => run_of(to, 0, masters.len()).copy_from_slice(masters),
         }
     }

@@ -3,11 +3,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::call::{Done, Needs, Place, call, code};
-use crate::kernels::{bf16, from_bf16};
+use crate::kernels::{bf16, f16, from_bf16, from_f16};
 use crate::machine::{Fault, State, machine};
 use crate::memory;
 
 const F32: i32 = 0;
+const F16: i32 = 2;
 const BF16: i32 = 14;
 const INVALID: i32 = 7;
 const EXECUTION_FAILED: i32 = 13;
@@ -96,7 +97,7 @@ extern "C" fn cublasLtMatrixLayoutCreate(
     pitch: i64,
 ) -> i32 {
     blas("cublasLtMatrixLayoutCreate", Needs::Nothing, |_| {
-        if ![F32, BF16].contains(&kind) || pitch < rows as i64 {
+        if ![F32, F16, BF16].contains(&kind) || pitch < rows as i64 {
             return Err(INVALID);
         }
         make(
@@ -323,6 +324,13 @@ fn load(address: u64, m: Matrix) -> Result<Vec<f32>, Fault> {
         let bytes = memory::read(start, m.rows * element);
         match m.kind {
             F32 => all.extend(bytes.as_chunks().0.iter().map(|c| f32::from_le_bytes(*c))),
+            F16 => all.extend(
+                bytes
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|c| from_f16(u16::from_le_bytes(*c))),
+            ),
             _ => all.extend(
                 bytes
                     .as_chunks()
@@ -339,6 +347,7 @@ fn store(address: u64, m: Matrix, values: &[f32]) {
     for (col, values) in values.chunks(m.rows as usize).enumerate() {
         let bytes: Vec<u8> = match m.kind {
             F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            F16 => values.iter().flat_map(|v| f16(*v).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|v| bf16(*v).to_le_bytes()).collect(),
         };
         let start = address + col as u64 * m.pitch as u64 * size(m.kind);

@@ -10,6 +10,7 @@ pub(crate) enum Kind {
     F32,
     F64,
     Bf16,
+    F16,
     Struct,
 }
 
@@ -22,13 +23,14 @@ impl Kind {
             "float" => Self::F32,
             "double" => Self::F64,
             "bf16" => Self::Bf16,
+            "f16" => Self::F16,
             _ => return None,
         })
     }
 
     pub(crate) fn bytes(self) -> usize {
         match self {
-            Self::U16 | Self::Bf16 => 2,
+            Self::U16 | Self::Bf16 | Self::F16 => 2,
             Self::U32 | Self::F32 => 4,
             Self::U64 | Self::F64 => 8,
             Self::Struct => 0,

@@ -19,7 +19,7 @@ mod traffic;
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::isa::Isa;
 use super::shared::Shared;
@@ -166,6 +166,29 @@ pub enum Exchange<'a> {
         /// Written.
         param: &'a mut [f32],
     },
+    /// Both in f16.
+    F16 {
+        /// Read.
+        grad: &'a [f16],
+        /// Written.
+        param: &'a mut [f16],
+    },
+    /// Both in f16; the parameter replaces the gradient.
+    InPlaceF16(&'a mut [f16]),
+    /// Gradient in f32, parameter in f16.
+    F32ToF16 {
+        /// Read.
+        grad: &'a [f32],
+        /// Written.
+        param: &'a mut [f16],
+    },
+    /// Gradient in f16, parameter in f32.
+    F16ToF32 {
+        /// Read.
+        grad: &'a [f16],
+        /// Written.
+        param: &'a mut [f32],
+    },
 }
 
 impl States<'_> {
@@ -189,6 +212,10 @@ impl Exchange<'_> {
             Self::InPlaceBf16(both) => Exchange::InPlaceBf16(both),
             Self::F32ToBf16 { grad, param } => Exchange::F32ToBf16 { grad, param },
             Self::Bf16ToF32 { grad, param } => Exchange::Bf16ToF32 { grad, param },
+            Self::F16 { grad, param } => Exchange::F16 { grad, param },
+            Self::InPlaceF16(both) => Exchange::InPlaceF16(both),
+            Self::F32ToF16 { grad, param } => Exchange::F32ToF16 { grad, param },
+            Self::F16ToF32 { grad, param } => Exchange::F16ToF32 { grad, param },
         }
     }
 
@@ -207,6 +234,10 @@ impl Exchange<'_> {
             Self::InPlaceBf16(both) => (both.len(), both.len()),
             Self::F32ToBf16 { grad, param } => (grad.len(), param.len()),
             Self::Bf16ToF32 { grad, param } => (grad.len(), param.len()),
+            Self::F16 { grad, param } => (grad.len(), param.len()),
+            Self::InPlaceF16(both) => (both.len(), both.len()),
+            Self::F32ToF16 { grad, param } => (grad.len(), param.len()),
+            Self::F16ToF32 { grad, param } => (grad.len(), param.len()),
         }
     }
 }
@@ -255,6 +286,10 @@ pub(super) enum Sides<'a> {
     InPlaceBf16(Shared<'a, bf16>),
     F32ToBf16(&'a [f32], Shared<'a, bf16>),
     Bf16ToF32(&'a [bf16], Shared<'a, f32>),
+    F16(&'a [f16], Shared<'a, f16>),
+    InPlaceF16(Shared<'a, f16>),
+    F32ToF16(&'a [f32], Shared<'a, f16>),
+    F16ToF32(&'a [f16], Shared<'a, f32>),
 }
 
 impl<'a> Sides<'a> {
@@ -266,6 +301,10 @@ impl<'a> Sides<'a> {
             Exchange::InPlaceBf16(both) => Self::InPlaceBf16(Shared::new(both)),
             Exchange::F32ToBf16 { grad, param } => Self::F32ToBf16(grad, Shared::new(param)),
             Exchange::Bf16ToF32 { grad, param } => Self::Bf16ToF32(grad, Shared::new(param)),
+            Exchange::F16 { grad, param } => Self::F16(grad, Shared::new(param)),
+            Exchange::InPlaceF16(both) => Self::InPlaceF16(Shared::new(both)),
+            Exchange::F32ToF16 { grad, param } => Self::F32ToF16(grad, Shared::new(param)),
+            Exchange::F16ToF32 { grad, param } => Self::F16ToF32(grad, Shared::new(param)),
         }
     }
 
@@ -285,8 +324,16 @@ impl<'a> Sides<'a> {
                 Self::Bf16ToF32(grad, param) => {
                     visitor.apart(&grad[range.clone()], param.piece(range))
                 }
+                Self::F16(grad, param) => visitor.apart(&grad[range.clone()], param.piece(range)),
+                Self::F32ToF16(grad, param) => {
+                    visitor.apart(&grad[range.clone()], param.piece(range))
+                }
+                Self::F16ToF32(grad, param) => {
+                    visitor.apart(&grad[range.clone()], param.piece(range))
+                }
                 Self::InPlaceF32(both) => visitor.in_place(both.piece(range)),
                 Self::InPlaceBf16(both) => visitor.in_place(both.piece(range)),
+                Self::InPlaceF16(both) => visitor.in_place(both.piece(range)),
             }
         }
     }
@@ -295,7 +342,7 @@ impl<'a> Sides<'a> {
     pub(super) fn bytes_in_place(&self) -> usize {
         match self {
             Self::InPlaceF32(_) => 4,
-            Self::InPlaceBf16(_) => 2,
+            Self::InPlaceBf16(_) | Self::InPlaceF16(_) => 2,
             _ => 0,
         }
     }

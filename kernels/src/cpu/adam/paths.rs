@@ -4,15 +4,17 @@
 //! function is compiled for, each correctly rounded as the scalar one; there are no intrinsics to
 //! keep in step.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::past_caches::{self, Line};
 use super::{AdamScalars, element};
-use crate::cpu::cast::round_to_bf16;
+use crate::cpu::cast::{f16_to_f32, f32_to_f16, round_to_bf16, round_to_f16, widen_f16};
 use crate::cpu::isa::Isa;
 
 /// A type in which gradients come and parameters leave.
 pub(in crate::cpu) trait Value: bytemuck::Pod {
+    /// Whether it is f16: of two types of two bytes.
+    const F16: bool = false;
     fn get(self) -> f32;
     fn put(value: f32) -> Self;
 }
@@ -36,6 +38,18 @@ impl Value for bf16 {
     #[inline(always)]
     fn put(value: f32) -> Self {
         round_to_bf16(value)
+    }
+}
+
+impl Value for f16 {
+    const F16: bool = true;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        widen_f16(self)
+    }
+    #[inline(always)]
+    fn put(value: f32) -> Self {
+        round_to_f16(value)
     }
 }
 
@@ -135,6 +149,41 @@ macro_rules! path {
 path!(avx2, "avx2,fma");
 path!(avx512, "avx2,fma,avx512f");
 
+/// Elements that are converted from and to f16 at a time, in the nearest caches: that way it takes one instruction
+/// for eight of them, which loops written for any type do not come by.
+const BLOCK: usize = 1024;
+
+/// A block in f32.
+fn wide<'a, T: Value>(block: &'a [T], room: &'a mut [f32; BLOCK]) -> &'a [f32] {
+    let room = &mut room[..block.len()];
+    match T::F16 {
+        true => f16_to_f32(bytemuck::cast_slice(block), room),
+        false => room.iter_mut().zip(block).for_each(|(w, x)| *w = x.get()),
+    }
+    room
+}
+
+fn narrow<T: Value>(block: &[f32], to: &mut [T]) {
+    match T::F16 {
+        true => f32_to_f16(block, bytemuck::cast_slice_mut(to)),
+        false => to.iter_mut().zip(block).for_each(|(p, x)| *p = T::put(*x)),
+    }
+}
+
+/// Calls `f` with the states of each block, and where it is.
+fn blocks(states: StateSlices<'_>, mut f: impl FnMut(StateSlices<'_>, std::ops::Range<usize>)) {
+    let len = states.0.len();
+    for start in (0..len).step_by(BLOCK) {
+        let at = start..(start + BLOCK).min(len);
+        let block = (
+            &mut states.0[at.clone()],
+            &mut states.1[at.clone()],
+            &mut states.2[at.clone()],
+        );
+        f(block, at);
+    }
+}
+
 /// Updates a piece, the parameter going elsewhere than the gradient.
 ///
 /// # Safety
@@ -151,6 +200,16 @@ pub(super) unsafe fn run<G: Value, P: Value>(
             *param = P::put(*master);
         }
         return;
+    }
+    if G::F16 || P::F16 {
+        let (mut grads, mut params) = ([0.0; BLOCK], [0.0; BLOCK]);
+        return blocks(states, |states, at| {
+            let params = &mut params[..at.len()];
+            let grads = wide(&grad[at.clone()], &mut grads);
+            // SAFETY: by the contract above.
+            unsafe { run(isa, s, states, grads, params) };
+            narrow(params, &mut param[at]);
+        });
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -178,6 +237,16 @@ pub(super) unsafe fn run_in_place<T: Value>(
             *param = T::put(*master);
         }
         return;
+    }
+    if T::F16 {
+        let mut room = [0.0; BLOCK];
+        return blocks(states, |states, at| {
+            let (both, len) = (&mut both[at.clone()], at.len());
+            wide(both, &mut room);
+            // SAFETY: by the contract above.
+            unsafe { run_in_place(isa, s, states, &mut room[..len]) };
+            narrow(&room[..len], both);
+        });
     }
     match isa {
         #[cfg(target_arch = "x86_64")]

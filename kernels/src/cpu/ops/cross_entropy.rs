@@ -34,6 +34,8 @@ pub struct ClassifierGrads<'a> {
     pub dx: &'a mut [f32],
     /// `[vocabulary, hidden]`, added to.
     pub dweight: &'a mut [f32],
+    /// By what both are multiplied, and the loss is not: a loss scale.
+    pub scale: f32,
 }
 
 /// Floats of scratch that [`cross_entropy`] takes on so many threads.
@@ -83,7 +85,7 @@ pub fn cross_entropy(
         x,
         weight,
         targets,
-        scale,
+        scale: grads.as_ref().map_or(scale, |grads| scale * grads.scale),
     };
     let (dx, dweight) = match grads {
         Some(grads) => (Some(grads.dx), Some(grads.dweight)),
@@ -103,6 +105,7 @@ struct Classifier<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     targets: &'a [u32],
+    /// Of the gradients.
     scale: f32,
 }
 

@@ -20,7 +20,7 @@ pub(super) fn check(ids: &[u32], vocabulary: usize) -> Result<(), KernelError> {
     }
 }
 
-/// `out[t] = table[ids[t]]`: table is `[vocabulary, cols]` in f32 or bf16, out `[tokens, cols]`.
+/// `out[t] = table[ids[t]]`: table is `[vocabulary, cols]` in f32, bf16 or f16, out `[tokens, cols]`.
 ///
 /// # Errors
 /// [`KernelError::IdOutOfRange`].

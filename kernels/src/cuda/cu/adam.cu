@@ -55,6 +55,9 @@ KERNELS(float, float)
 KERNELS(float, bf16)
 KERNELS(bf16, bf16)
 KERNELS(bf16, float)
+KERNELS(float, f16)
+KERNELS(f16, f16)
+KERNELS(f16, float)
 
 // The square sum of a gradient, with the bits of the CPU's: a block is a piece of 16 strands of 16 lanes each.
 // Lane l of a strand sums elements l, l + 16, ... in order; then lanes in order, then strands.
@@ -103,3 +106,4 @@ template <class T> __device__ void square_sum(const T* values, u64 n, u64 strand
     }
 SUMS(float)
 SUMS(bf16)
+SUMS(f16)

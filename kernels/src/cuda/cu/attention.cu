@@ -243,3 +243,4 @@ __device__ void backward_kv(const T* q, const T* k, const T* v, const float* lse
     }
 KERNELS(float)
 KERNELS(bf16)
+KERNELS(f16)

@@ -1,6 +1,6 @@
 // What every kernel uses. Compiled by NVRTC with no header of CUDA's: nothing but the language.
 //
-// T is the type of activations and parameters, float or bf16; sums are float. Lengths come in
+// T is the type of activations and parameters, float, bf16 or f16; sums are float. Lengths come in
 // 64 bits. A kernel that meets bad input sets `fault` (a word of host memory) and goes on without
 // touching what it must not.
 
@@ -13,16 +13,31 @@ typedef long long i64;
 struct bf16 {
     u16 bits;
 };
+struct f16 {
+    u16 bits;
+};
 
 __device__ __forceinline__ float get(float x) { return x; }
 __device__ __forceinline__ float get(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ __forceinline__ float get(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
 
-// The one rounding rule: halves away from zero in magnitude, NaN stays quiet.
+// The one rounding rule of each type. bf16: halves away from zero in magnitude, NaN stays quiet. f16: nearest even,
+// subnormals kept, too large infinite, NaN quiet with the upper bits of what it carried.
 __device__ __forceinline__ void put(float& to, float x) { to = x; }
 __device__ __forceinline__ void put(bf16& to, float x) {
     u32 bits = __float_as_uint(x);
     u32 rounded = (bits + 0x8000u) >> 16;
     to.bits = (u16)(x != x ? (bits >> 16) | 0x40u : rounded);
+}
+__device__ __forceinline__ void put(f16& to, float x) {
+    u32 bits = __float_as_uint(x);
+    u16 rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+    to.bits = x != x ? (u16)((bits >> 16 & 0x8000u) | 0x7e00u | (bits >> 13 & 0x3ffu)) : rounded;
 }
 
 // 16 bytes at once, where the address allows it.

@@ -81,6 +81,7 @@ __device__ void cross_entropy(const float* logits, const u32* targets, float* lo
     }
 KERNELS(float)
 KERNELS(bf16)
+KERNELS(f16)
 
 // out = scale * the sum of all values, in a fixed order: one block.
 extern "C" __global__ void __launch_bounds__(1024) scaled_sum(const float* values, float* out, u32 n, float scale) {

@@ -15,8 +15,8 @@ template <class T> __device__ void add(const T* a, const T* b, T* out, u64 n) {
         [&](u64 i) { put(out[i], get(a[i]) + get(b[i])); });
 }
 
-// act = silu(gate) * up. For bf16 by the fast exponential and quotient: their error (about 1e-6) is far below
-// the rounding, and the full ones would cost more than the memory does.
+// act = silu(gate) * up. For bf16 and f16 by the fast exponential and quotient: their error (about 1e-6) is far
+// below the rounding, and the full ones would cost more than the memory does.
 template <class T> __device__ __forceinline__ float sigmoid(float x) {
     if (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-x));
     return 1.0f / (1.0f + expf(-x));
@@ -74,6 +74,7 @@ __device__ void swiglu_backward(const T* gate, const T* up, const T* dout, T* dg
     }
 KERNELS(float)
 KERNELS(bf16)
+KERNELS(f16)
 
 // 8 elements a thread at a time.
 template <class From, class To> __device__ void cast(const From* from, To* to, u64 n) {
@@ -94,5 +95,11 @@ extern "C" __global__ void __launch_bounds__(256) cast_to_bf16(const float* from
     cast(from, to, n);
 }
 extern "C" __global__ void __launch_bounds__(256) cast_to_float(const bf16* from, float* to, u64 n) {
+    cast(from, to, n);
+}
+extern "C" __global__ void __launch_bounds__(256) cast_to_f16(const float* from, f16* to, u64 n) {
+    cast(from, to, n);
+}
+extern "C" __global__ void __launch_bounds__(256) cast_f16_to_float(const f16* from, float* to, u64 n) {
     cast(from, to, n);
 }

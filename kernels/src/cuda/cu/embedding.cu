@@ -102,3 +102,4 @@ __device__ void embedding_backward(const u32* ids, const u32* next, const u32* f
     }
 KERNELS(float)
 KERNELS(bf16)
+KERNELS(f16)

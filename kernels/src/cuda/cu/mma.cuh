@@ -1,5 +1,5 @@
-// Tensor cores in bf16, by mma.sync (compute capability 8.0 and later): the instructions, and tiles of rows in
-// shared memory for them. Put in front of `attention_mma.cu`.
+// Tensor cores in bf16 and f16, by mma.sync (compute capability 8.0 and later): the instructions, and tiles of rows
+// in shared memory for them. Put in front of `attention_mma.cuh`.
 //
 // A block is THREADS threads; a tile is TILE rows.
 
@@ -42,18 +42,33 @@ __device__ __forceinline__ void transposed(u32 (&r)[4], u32 at) {
                  : "memory");
 }
 // c += a b: a 16 x 16, b 16 x 8
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+template <class T> __device__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
+template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// Two floats for a fragment, nearest even, the first in the low half.
-__device__ __forceinline__ u32 fragment(float low, float high) {
+template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Two floats for a fragment, nearest even, the first in the low half; and each of them back.
+template <class T> __device__ u32 fragment(float low, float high);
+template <> __device__ __forceinline__ u32 fragment<bf16>(float low, float high) {
     u32 both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
+template <> __device__ __forceinline__ u32 fragment<f16>(float low, float high) {
+    u32 both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+template <class T> __device__ __forceinline__ float low_of(u32 both) { return get(T{(u16)both}); }
+template <class T> __device__ __forceinline__ float high_of(u32 both) { return get(T{(u16)(both >> 16)}); }
 __device__ __forceinline__ float power2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -126,15 +141,15 @@ template <int D> __device__ __forceinline__ Lane<D> across(u32 tile) {
 }
 
 // Starts copying rows [first, first + ROWS) of a head into a tile; zeros beyond `seq`.
-template <int D, u32 ROWS>
-__device__ __forceinline__ void fetch(u32 tile, const bf16* from, u32 pitch, u32 first, u32 seq) {
+template <int D, u32 ROWS, class T>
+__device__ __forceinline__ void fetch(u32 tile, const T* from, u32 pitch, u32 first, u32 seq) {
     // So that a thread's columns are turned alike in each of its rows.
     constexpr u32 WIDTH = Rows<D>::WIDE ? Rows<D>::CHUNKS : 4, STEP = THREADS / WIDTH;
     u32 row = threadIdx.x / WIDTH, c = threadIdx.x % WIDTH, to = tile + Rows<D>::at(row, c * 16);
 #pragma unroll
     for (u32 r = 0; r < ROWS; r += STEP) {
         bool there = first + row + r < seq;
-        const bf16* source = from + (u64)(there ? first + row + r : 0) * pitch + c * 8;
+        const T* source = from + (u64)(there ? first + row + r : 0) * pitch + c * 8;
 #pragma unroll
         for (u32 i = 0; i < Rows<D>::CHUNKS; i += WIDTH)
             copy16(to + r * Rows<D>::PITCH + i * 16, source + i * 8, there);
@@ -142,16 +157,16 @@ __device__ __forceinline__ void fetch(u32 tile, const bf16* from, u32 pitch, u32
 }
 
 // Two floats by `put`'s rule, for memory.
-__device__ __forceinline__ u32 stored(float low, float high) {
-    bf16 a, b;
+template <class T> __device__ __forceinline__ u32 stored(float low, float high) {
+    T a, b;
     put(a, low);
     put(b, high);
     return (u32)a.bits | (u32)b.bits << 16;
 }
 
 // Stores a warp's 32 rows, times `factor` of each, by way of 32 rows of shared memory that are its own.
-template <int D>
-__device__ __forceinline__ void store(u32 own, const float (&acc)[2][D / 8][4], const float (&factor)[2][2], bf16* to,
+template <int D, class T>
+__device__ __forceinline__ void store(u32 own, const float (&acc)[2][D / 8][4], const float (&factor)[2][2], T* to,
                                       u32 pitch, u32 first, u32 seq) {
     u32 lane = threadIdx.x % 32;
     // Other lanes of the warp may have read these rows last.
@@ -164,7 +179,8 @@ __device__ __forceinline__ void store(u32 own, const float (&acc)[2][D / 8][4], 
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {
                 const float* x = acc[m][n] + 2 * h;
-                write4(own + Rows<D>::at(row, 16 * n) + lane % 4 * 4, stored(x[0] * factor[m][h], x[1] * factor[m][h]));
+                u32 at = own + Rows<D>::at(row, 16 * n) + lane % 4 * 4;
+                write4(at, stored<T>(x[0] * factor[m][h], x[1] * factor[m][h]));
             }
         }
     __syncwarp();

@@ -238,6 +238,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
 KERNELS(float)
 KERNELS(bf16)
+KERNELS(f16)
 
 #define PACKS(T, PER)                                                                                          \
     extern "C" __global__ void __launch_bounds__(256)                                                          \
@@ -255,3 +256,6 @@ PACKS(float, 4)
 PACKS(bf16, 1)
 PACKS(bf16, 2)
 PACKS(bf16, 4)
+PACKS(f16, 1)
+PACKS(f16, 2)
+PACKS(f16, 4)

@@ -49,3 +49,4 @@ __device__ void rope(T* x, u32 seq, u32 batch, u32 heads, u32 head_dim, double l
     }
 KERNELS(float)
 KERNELS(bf16)
+KERNELS(f16)

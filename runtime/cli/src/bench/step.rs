@@ -33,7 +33,7 @@ pub(crate) struct Step {
     /// Tokens in a sequence [default: 1024, for the small model 128]
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
     seq: Option<u32>,
-    /// bf16 or fp32 [default: bf16 on a GPU, fp32 on the host device]
+    /// bf16, fp16 or fp32 [default: bf16 on a GPU, fp32 on the host device]
     #[arg(long)]
     dtype: Option<DType>,
     /// auto, host or cuda

@@ -313,7 +313,11 @@ fn ends(s: Shapes, all: &mut Vec<Case>) {
             // SAFETY: as for `linear`; the weight's gradient is f32.
             unsafe {
                 let (grads, add) = ([dx, dw], false);
-                let grads = Some(ops::ClassifierGrads { grads, add });
+                let grads = Some(ops::ClassifierGrads {
+                    grads,
+                    add,
+                    scale: 1.0,
+                });
                 ops::cross_entropy(q, dims, [x, w, targets], scale, loss, grads, room)
             }
         }),
@@ -346,7 +350,7 @@ fn states(s: Shapes, all: &mut Vec<Case>) {
         launches: parts,
         run: Box::new(move |q, &[from, to, ..]| {
             // SAFETY: as for `linear`.
-            unsafe { ops::cast(q, from, to, n) }
+            unsafe { ops::cast(q, (from, Element::F32), to, n) }
         }),
     });
     // The two below are the CPU's where states are offloaded.

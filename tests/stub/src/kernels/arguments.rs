@@ -27,6 +27,34 @@ pub(crate) fn from_bf16(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
+/// As IEEE 754 rounds: the value in units of the last place that f16 has there, to the nearest whole number.
+pub(crate) fn f16(value: f32) -> u16 {
+    let sign = (value.to_bits() >> 16) as u16 & 0x8000;
+    if value.is_nan() {
+        return sign | 0x7e00 | (value.to_bits() >> 13) as u16 & 0x3ff;
+    }
+    let size = f64::from(value).abs();
+    if size >= 65520.0 {
+        return sign | 0x7c00;
+    }
+    // The exponent of the value, but not below that of the least normal one.
+    let exponent = ((size.to_bits() >> 52) as i32 - 1023).max(-14);
+    let units = (size * f64::from(10 - exponent).exp2()).round_ties_even() as u16;
+    // A normal one has 1024 units more than its mantissa; 2048 of them are the next exponent's.
+    sign | ((((exponent + 14) as u16) << 10) + units)
+}
+
+pub(crate) fn from_f16(bits: u16) -> f32 {
+    let (exponent, mantissa) = (i32::from(bits >> 10 & 31), f32::from(bits & 0x3ff));
+    let size = match (exponent, mantissa) {
+        (31, 0.0) => f32::INFINITY,
+        (31, _) => f32::NAN,
+        (0, _) => mantissa * (-24.0f32).exp2(),
+        _ => (1024.0 + mantissa) * ((exponent - 25) as f32).exp2(),
+    };
+    if bits & 0x8000 == 0 { size } else { -size }
+}
+
 fn word<const N: usize>(bytes: &[u8]) -> [u8; N] {
     let mut word = [0; N];
     word.copy_from_slice(&bytes[..N]);
@@ -116,6 +144,10 @@ impl Call<'_> {
         let (words, halves) = (bytes.as_chunks::<4>().0, bytes.as_chunks::<2>().0);
         match kind {
             Kind::F32 => Ok(words.iter().map(|c| f32::from_le_bytes(*c)).collect()),
+            Kind::F16 => {
+                let halves = halves.iter().map(|c| from_f16(u16::from_le_bytes(*c)));
+                Ok(halves.collect())
+            }
             Kind::Bf16 | Kind::U16 => {
                 let halves = halves.iter().map(|c| from_bf16(u16::from_le_bytes(*c)));
                 Ok(halves.collect())
@@ -139,6 +171,7 @@ impl Call<'_> {
         let (address, kind) = self.own_place(name, first, values.len())?;
         let bytes: Vec<u8> = match kind {
             Kind::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Kind::F16 => values.iter().flat_map(|v| f16(*v).to_le_bytes()).collect(),
             Kind::Bf16 | Kind::U16 => values.iter().flat_map(|v| bf16(*v).to_le_bytes()).collect(),
             Kind::F64 => values
                 .iter()

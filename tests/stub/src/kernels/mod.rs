@@ -1,5 +1,5 @@
 //! What each kernel computes, by name: the one table to extend. Types come from the kernel's own
-//! signature, so one entry serves `name`, `name_float`, `name_bf16` and `name_64`; arguments are asked for by the
+//! signature, so one entry serves `name`, `name_float`, `name_bf16`, `name_f16` and `name_64`; arguments are asked for by the
 //! names that the CUDA source gives them.
 
 mod arguments;
@@ -8,7 +8,7 @@ mod decoder;
 mod optimizer;
 mod optimizers;
 
-pub(crate) use arguments::{Call, Result, bf16, from_bf16};
+pub(crate) use arguments::{Call, Result, bf16, f16, from_bf16, from_f16};
 
 use crate::call::code;
 use crate::machine::Fault;
@@ -16,7 +16,7 @@ use crate::source::Signature;
 
 type Kernel = fn(&Call<'_>) -> Result<()>;
 
-const TABLE: [(&str, Kernel); 30] = [
+const TABLE: [(&str, Kernel); 32] = [
     ("adamw", optimizer::adamw),
     ("add", decoder::add),
     ("attention", attention::forward),
@@ -26,7 +26,9 @@ const TABLE: [(&str, Kernel); 30] = [
     ("attention_mma", attention::forward),
     ("attention_mma_backward_kv", attention::backward_kv),
     ("attention_mma_backward_q", attention::delta_and_backward_q),
+    ("cast_f16_to_float", optimizer::cast),
     ("cast_to_bf16", optimizer::cast),
+    ("cast_to_f16", optimizer::cast),
     ("cast_to_float", optimizer::cast),
     ("column_sums", decoder::column_sums),
     ("cross_entropy", decoder::cross_entropy),
@@ -58,7 +60,7 @@ fn find(name: &str) -> Option<Kernel> {
         // Without its types and sizes.
         let (shorter, last) = name.rsplit_once('_')?;
         let sized = last.parse::<u32>().is_ok();
-        if !(sized || ["float", "bf16"].contains(&last)) {
+        if !(sized || ["float", "bf16", "f16"].contains(&last)) {
             return None;
         }
         name = shorter;

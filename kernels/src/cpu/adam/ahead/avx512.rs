@@ -6,10 +6,11 @@
 //! hold the bits against each other.
 
 use std::arch::x86_64::{
-    __m128i, __m256i, __m512, __m512i, _CMP_UNORD_Q, _mm_storeu_si128, _mm256_loadu_si256,
-    _mm256_storeu_si256, _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cmp_ps_mask, _mm512_cmpgt_epu32_mask, _mm512_cvtepi32_epi8, _mm512_cvtepi32_epi16,
-    _mm512_cvtepu16_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_or_epi32,
+    __m128i, __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
+    _mm_storeu_si128, _mm256_loadu_si256, _mm256_storeu_si256, _mm512_add_epi32,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cmpgt_epu32_mask,
+    _mm512_cvtepi32_epi8, _mm512_cvtepi32_epi16, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
+    _mm512_cvtps_ph, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_or_epi32,
     _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
     _mm512_sqrt_ps, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps,
 };
@@ -108,8 +109,11 @@ fn load<T: Value>(from: &[T]) -> __m512 {
         // SAFETY: sixteen of them: a `Value` of four bytes is an f32.
         return unsafe { _mm512_loadu_ps(from.as_ptr().cast()) };
     }
-    // SAFETY: sixteen of them: a `Value` of two bytes is a bf16.
+    // SAFETY: sixteen of them: a `Value` of two bytes is a bf16 or an f16.
     let halves = unsafe { _mm256_loadu_si256(from.as_ptr().cast::<__m256i>()) };
+    if T::F16 {
+        return _mm512_cvtph_ps(halves);
+    }
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
 }
 
@@ -121,6 +125,12 @@ fn store<T: Value>(values: __m512, to: &mut [T]) {
     if size_of::<T>() == size_of::<f32>() {
         // SAFETY: as for `load`.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr().cast(), values) };
+        return;
+    }
+    if T::F16 {
+        let halves = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(values);
+        // SAFETY: as for `load`.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast::<__m256i>(), halves) };
         return;
     }
     let bits = _mm512_castps_si512(values);
