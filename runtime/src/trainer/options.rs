@@ -13,6 +13,7 @@ pub use forebay_prefetch::Policy;
 use super::loss_scale::LossScale;
 use crate::error::Result;
 pub use crate::target::{DeviceChoice, ExternalStream, Target};
+use crate::tensor::DType;
 
 /// How often [`Trainer::publish`](crate::Trainer::publish) will be called: what the disk must keep for
 /// it.
@@ -158,6 +159,13 @@ impl Options {
     /// Bytes of the optimizer states of an element.
     pub fn state_bytes(&self) -> u64 {
         self.format().bytes()
+    }
+
+    /// Bytes of memory that the update of an element moves in one pass: its states read and written, the gradient read
+    /// and the parameter written, both of this type; of a split master the old parameter is read too.
+    pub fn update_bytes(&self, dtype: DType) -> u64 {
+        let sides = 2 + u64::from(self.split_master);
+        2 * self.state_bytes() + sides * dtype.bytes() as u64
     }
 
     /// How the states of an element are kept.

@@ -40,7 +40,7 @@ impl Ceilings {
         }
         let rates = adam::rates(options.threads, ELEMENTS)?;
         // Measured in bf16, bound by memory.
-        let bytes = 24 + 2 * model.dtype.bytes() as u64;
+        let bytes = options.update_bytes(model.dtype);
         let [cpu, cpu_ahead] = rates.map(|rate| rate * adam::BYTES as f64 / bytes as f64);
         Ok(Some(PlaceRates {
             cpu,

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use forebay::bench::traffic;
+use forebay::bench::{adam, traffic};
 use forebay::{
-    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Footprint, Options, PlaceRates,
-    Policy, Publish, RandomInit, Report, Result, Target, Trainer, Updates, requirements,
+    Ahead, Bound, Bytes, Ceilings, DType, DeviceChoice, Error, Footprint, Moment, Optimizer,
+    Options, PlaceRates, Policy, Publish, RandomInit, Report, Result, Target, Trainer, Updates,
+    requirements,
 };
 use forebay_decoder::{Batch, Config, Decoder};
 use serde_json::json;
@@ -54,6 +55,15 @@ pub(crate) struct Step {
     /// Update before the norm of the gradient is known: auto, always or never
     #[arg(long, default_value = "auto")]
     ahead: Ahead,
+    /// adamw, sgd, lion, adagrad or lamb
+    #[arg(long, default_value = "adamw")]
+    optimizer: Optimizer,
+    /// Type of the optimizer's moments, fp32 or bf16
+    #[arg(long, default_value = "fp32")]
+    moments: Moment,
+    /// Keep the fp32 master as the 16 bits that a bf16 parameter is short of it
+    #[arg(long)]
+    split_master: bool,
     /// Apply a gradient beside the next step, an approximation: the bound has no backward pass before updates
     #[arg(long, conflicts_with = "ahead")]
     delayed_update: bool,
@@ -166,11 +176,13 @@ impl Step {
         options.rates = rates(&options, &decoder, footprint, resident.as_ref())?;
         let pinned = needs(&options)?.pinned_bytes.min(machine.pinned_bytes);
         options.pinned_budget.get_or_insert(pinned);
+        let dtype = decoder.model().dtype();
         let plan = |report: &Report| traffic::Plan {
             device: self.device,
             threads: options.threads,
             bind: options.bind_threads,
-            elements: report.traffic.updated_by_cpu,
+            // As many bytes as ours moves.
+            elements: report.traffic.updated_by_cpu * options.update_bytes(dtype) / adam::BYTES,
             h2d_bytes: report.traffic.h2d,
             d2h_bytes: report.traffic.d2h,
             rounds: 3,
@@ -213,6 +225,8 @@ impl Step {
         options.device_budget = self.gpu_budget.map(|bytes| bytes.0);
         options.pinned_budget = self.pinned_budget.map(|bytes| bytes.0);
         (options.placement, options.ahead) = (self.placement, self.ahead);
+        (options.optimizer, options.moments) = (self.optimizer, self.moments);
+        options.split_master = self.split_master;
         if self.delayed_update {
             options.updates = Updates::Delayed;
         }
