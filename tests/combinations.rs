@@ -1,0 +1,532 @@
+//! Settings drawn at random, together: whatever a run computes, where its states live, how far ahead they move and
+//! what else was chosen with it change no bit; and what makes no sense is refused.
+//!
+//! `FOREBAY_COMBINATIONS=1000` draws as many, `FOREBAY_COMBINATIONS_SEED=7` from that one on.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use common::{Poison, config, options, tokens};
+use forebay::nvme::sim::SimDisk;
+
+use forebay::{
+    Ahead, DType, DynamicScale, Error, LossScale, Moment, Optimizer, Options, PlaceRates, Policy,
+    Publish, RandomInit, SectionId, Sgd, StageLease, Trainer, Updates,
+};
+use forebay_decoder::{Batch, Config, Decoder};
+use forebay_prefetch::Error as Refused;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// What happens in a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Event {
+    Step,
+    /// A step in which the gradient of a section, counted around, is infinite.
+    Poisoned(u32),
+    Discarded,
+    Eval,
+    Settle,
+    Publish,
+    /// Everything is published, and the run goes on from there under the next settings.
+    Resume,
+    /// The trainer goes away, and the run goes on from what was published last.
+    Crash,
+}
+use Event::{Crash, Discarded, Eval, Poisoned, Resume, Settle, Step};
+
+/// What a run computes.
+#[derive(Clone, Debug)]
+struct Case {
+    layers: usize,
+    tied: bool,
+    dtype: DType,
+    micro_batches: usize,
+    optimizer: Optimizer,
+    moments: Moment,
+    split_master: bool,
+    updates: Updates,
+    clip: Option<f64>,
+    loss_scale: LossScale,
+    events: Vec<Event>,
+}
+
+/// What it does not depend on.
+#[derive(Clone, Debug)]
+struct Setting {
+    policy: Policy,
+    /// Sixteenths of what is between the least and the most.
+    device: u64,
+    pinned: u64,
+    lookahead: u32,
+    threads: usize,
+    ahead: Ahead,
+    rates: Option<PlaceRates>,
+    checkpoints_every: usize,
+    chunk: Option<u64>,
+    partitions: u32,
+    publish: Publish,
+    bind: bool,
+    trace: bool,
+}
+
+/// The least seen is a step on the device alone, every update after its norm.
+const RESIDENT: Setting = Setting {
+    policy: Policy::Resident,
+    device: 16,
+    pinned: 16,
+    lookahead: 2,
+    threads: 1,
+    ahead: Ahead::Never,
+    rates: None,
+    checkpoints_every: 1,
+    chunk: None,
+    partitions: 1,
+    publish: Publish::Often,
+    bind: false,
+    trace: false,
+};
+
+const POLICIES: [Policy; 6] = [
+    Policy::Auto,
+    Policy::Auto,
+    Policy::Auto,
+    Policy::Resident,
+    Policy::Pinned,
+    Policy::Disk,
+];
+
+/// Overflows at once, and again as soon as it may.
+const HIGH: DynamicScale = DynamicScale {
+    initial: 16_777_216.0,
+    growth_interval: 2,
+    growth: 4.0,
+    backoff: 0.125,
+    least: 1.0,
+};
+
+fn one<T: Copy>(random: &mut ChaCha8Rng, of: &[T]) -> T {
+    *of.choose(random).unwrap()
+}
+
+impl Case {
+    fn draw(random: &mut ChaCha8Rng) -> Self {
+        let r = random;
+        let dtype = one(r, &[DType::F32, DType::Bf16, DType::Bf16, DType::F16]);
+        let optimizer = one(r, &["adamw", "adamw", "sgd", "lion", "adagrad", "lamb"]);
+        let optimizer = match optimizer.parse().unwrap() {
+            Optimizer::Sgd(sgd) => Optimizer::Sgd(Sgd {
+                momentum: one(r, &[0.9, 0.0]),
+                nesterov: r.random(),
+                ..sgd
+            }),
+            other => other,
+        };
+        let split_master = dtype == DType::Bf16 && r.random_bool(0.6);
+        let events = 4 + r.random_range(0..8);
+        let events = (0..events).map(|_| match r.random_range(0..20) {
+            0 | 8 => Poisoned(r.random_range(0..8)),
+            7 => Crash,
+            1 => Discarded,
+            2 => Eval,
+            3 => Settle,
+            4 => Event::Publish,
+            5 | 6 => Resume,
+            _ => Step,
+        });
+        let events = [Step].into_iter().chain(events.collect::<Vec<_>>());
+        let events = events.chain([Step, Eval]).collect();
+        Self {
+            layers: r.random_range(1..5),
+            tied: r.random(),
+            dtype,
+            micro_batches: r.random_range(1..3),
+            optimizer,
+            moments: match optimizer {
+                Optimizer::Adagrad(_) => Moment::F32,
+                _ => one(r, &[Moment::F32, Moment::Bf16]),
+            },
+            split_master,
+            updates: match split_master {
+                true => Updates::Exact,
+                false => one(r, &[Updates::Exact, Updates::Exact, Updates::Delayed]),
+            },
+            clip: one(r, &[None, Some(1e9), Some(0.5), Some(0.01)]),
+            loss_scale: one(
+                r,
+                &[
+                    LossScale::Auto,
+                    LossScale::None,
+                    LossScale::Fixed(1024.0),
+                    LossScale::Dynamic(HIGH),
+                ],
+            ),
+            events,
+        }
+    }
+
+    fn decoder(&self, setting: &Setting) -> Decoder {
+        let config = Config {
+            layers: self.layers,
+            tied: self.tied,
+            ..config()
+        };
+        Decoder::compute_in(self.dtype, config, common::BATCH, common::SEQ)
+            .unwrap()
+            .in_micro_batches(self.micro_batches)
+            .unwrap()
+            .with_checkpoints_every(setting.checkpoints_every)
+            .unwrap()
+    }
+
+    fn options(&self, setting: &Setting) -> Options {
+        let mut options = options(&PathBuf::from("disk"));
+        options.optimizer = self.optimizer;
+        (options.moments, options.split_master) = (self.moments, self.split_master);
+        (options.updates, options.clip) = (self.updates, self.clip);
+        (options.loss_scale, options.partitions) = (self.loss_scale, setting.partitions);
+        (options.optimizer_chunk, options.placement) = (setting.chunk, setting.policy);
+        (options.lookahead, options.threads) = (setting.lookahead, setting.threads);
+        (options.ahead, options.rates) = (setting.ahead, setting.rates);
+        (options.publish, options.bind_threads) = (setting.publish, setting.bind);
+        options
+    }
+}
+
+impl Setting {
+    fn draw(random: &mut ChaCha8Rng, case: &Case) -> Self {
+        let r = random;
+        // Now and then one that makes no sense.
+        let rate = |r: &mut ChaCha8Rng, from: f64, to: f64| match r.random_range(0..40) {
+            0 => one(r, &[0.0, -1.0, 1e-300, f64::INFINITY, f64::NAN]),
+            _ => 10f64.powf(r.random_range(from..to)),
+        };
+        let rates = r.random_bool(0.6).then(|| {
+            let cpu = rate(r, 4.0, 10.0);
+            PlaceRates {
+                cpu,
+                cpu_ahead: cpu * r.random_range(0.5..1.0),
+                h2d: rate(r, 4.0, 11.0),
+                d2h: rate(r, 4.0, 11.0),
+                disk_read: rate(r, 5.0, 10.0),
+                disk_write: rate(r, 5.0, 10.0),
+                device_update: one(r, &[f64::INFINITY, 1e7, 1e11]),
+                compute_s: rate(r, -5.0, 0.0),
+            }
+        });
+        let part = |r: &mut ChaCha8Rng| match r.random_range(0..5) {
+            0 => 0,
+            1 => 16,
+            _ => r.random_range(0..17),
+        };
+        let aheads = match case.updates {
+            Updates::Exact => &[Ahead::Auto, Ahead::Always, Ahead::Never][..],
+            Updates::Delayed => &[Ahead::Auto, Ahead::Never],
+        };
+        let has = |event| case.events.contains(&event);
+        let publishes = [Publish::Often, Publish::End, Publish::Never];
+        let publishes = match (has(Resume), has(Crash), has(Event::Publish)) {
+            (_, true, true) => &publishes[..1],
+            (false, false, _) => &publishes,
+            _ => &publishes[..2],
+        };
+        let whole = case.optimizer.whole_tensors();
+        Self {
+            policy: one(r, &POLICIES),
+            device: part(r),
+            pinned: part(r),
+            lookahead: r.random_range(0..5),
+            threads: r.random_range(1..4),
+            ahead: one(r, aheads),
+            rates,
+            checkpoints_every: r.random_range(1..6),
+            chunk: match whole {
+                true => None,
+                false => one(r, &[None, Some(4096), Some(1000), Some(777)]),
+            },
+            partitions: if whole { 1 } else { r.random_range(1..4) },
+            publish: one(r, publishes),
+            bind: r.random_bool(0.2),
+            trace: r.random_bool(0.2),
+        }
+    }
+
+    /// A trainer under this setting, new or from what is on the disk. Where its budgets are refused with the least
+    /// that works, under that.
+    fn open(&self, case: &Case, disk: &SimDisk, resume: bool) -> (Trainer, Decoder) {
+        let decoder = case.decoder(self);
+        let mut options = case.options(self);
+        // Written to while the trainer lives, under no name.
+        let folder = tempfile::tempdir().unwrap();
+        options.trace = self.trace.then(|| folder.path().join("trace.json"));
+        options.medium = Arc::new(disk.clone());
+        let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+        let needs = |placement| {
+            let options = Options {
+                placement,
+                ..options.clone()
+            };
+            forebay::requirements(decoder.model(), footprint, &options).unwrap()
+        };
+        let all = [Policy::Disk, Policy::Pinned, Policy::Resident].map(needs);
+        let between = |of: [u64; 3], part: u64| {
+            let (least, most) = (of.into_iter().min().unwrap(), of.into_iter().max().unwrap());
+            least + (most - least) * part / 16
+        };
+        options.device_budget = Some(between(all.map(|b| b.device_bytes), self.device));
+        options.pinned_budget = Some(between(all.map(|b| b.pinned_bytes), self.pinned));
+        for _ in 0..3 {
+            let model = decoder.model().clone();
+            let made = match resume {
+                true => Trainer::resume(model, footprint, &options),
+                false => Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 }),
+            };
+            match made {
+                Ok(trainer) => return (trainer, decoder),
+                Err(Error::Placement(Refused::DeviceBudget { have, least })) => {
+                    assert!(have < least);
+                    options.device_budget = Some(least);
+                }
+                Err(Error::Placement(Refused::PinnedBudget { have, least })) => {
+                    assert!(have < least);
+                    options.pinned_budget = Some(least);
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
+        panic!("the least that works does not");
+    }
+}
+
+/// A training step, or a forward pass; the bits of its loss.
+fn step(trainer: &mut Trainer, decoder: &Decoder, event: Event) -> u32 {
+    let number = match event {
+        Eval => 50,
+        _ => trainer.steps(),
+    };
+    let (ids, targets) = tokens(number);
+    let batch = Batch {
+        ids: &ids,
+        targets: &targets,
+    };
+    if event == Eval {
+        let step = trainer.eval().unwrap();
+        let loss = decoder.eval_loss(&step, &batch).unwrap();
+        step.finish().unwrap();
+        return loss.to_bits();
+    }
+    let step = trainer.begin(5e-3).unwrap();
+    let sections = decoder.model().sections();
+    let mut observer = |lease: &StageLease<'_>, id: SectionId| {
+        if matches!(event, Poisoned(which) if id.0 == which % sections.len() as u32) {
+            let tensor = &sections[id.0 as usize].tensors()[0].name;
+            step.launch(Poison, &[], &[lease.grad(id, tensor)?])?;
+        }
+        Ok(())
+    };
+    let walked = decoder.train_step_observed(&step, &batch, &mut observer);
+    walked.unwrap();
+    let finished = match event {
+        Discarded => step.discard(),
+        _ => step.finish(),
+    };
+    finished.unwrap().loss.unwrap().to_bits()
+}
+
+/// What a run shows: losses; once all is settled, what was skipped, the norm and the scale.
+type Seen = Vec<(Event, [u64; 3])>;
+
+/// Runs a case; each resume takes the next setting.
+fn run(case: &Case, settings: &[Setting]) -> Seen {
+    let disk = SimDisk::new(1);
+    let mut next = settings.iter().cycle();
+    let mut setting = next.next().unwrap();
+    let (mut trainer, mut decoder) = setting.open(case, &disk, false);
+    let (mut seen, mut skipped) = (Seen::new(), 0);
+    for event in &case.events {
+        match event {
+            Settle => trainer.settle().unwrap(),
+            // Once, at the end; or never.
+            Event::Publish if setting.publish != Publish::Often => trainer.settle().unwrap(),
+            Event::Publish => {
+                trainer.settle().unwrap();
+                let before = trainer.report().disk_stats.payload_written_bytes;
+                trainer.publish("").unwrap();
+                let report = trainer.report();
+                let written = report.disk_stats.payload_written_bytes - before;
+                assert_eq!(
+                    written, report.publish.bytes,
+                    "as a generation was said to take"
+                );
+            }
+            Resume | Crash => {
+                if *event == Resume {
+                    trainer.publish("").unwrap();
+                    skipped += trainer.skipped();
+                }
+                let stands = trainer.generation() > 0;
+                caps(&trainer);
+                drop(trainer);
+                setting = next.next().unwrap();
+                (trainer, decoder) = setting.open(case, &disk, stands);
+                continue;
+            }
+            _ => {
+                let loss = step(&mut trainer, &decoder, *event);
+                seen.push((*event, [loss.into(), 0, 0]));
+            }
+        }
+        if !matches!(event, Step | Poisoned(_) | Discarded) {
+            let scale = trainer.loss_scale().unwrap_or_default().to_bits();
+            let norm = trainer.grad_norm().to_bits();
+            seen.push((*event, [skipped + trainer.skipped(), scale, norm]));
+        }
+    }
+    caps(&trainer);
+    if case.updates == Updates::Exact {
+        moves_what_it_says(&mut trainer, &decoder);
+    }
+    seen
+}
+
+/// Steps move those bytes to and from disk that the report says.
+fn moves_what_it_says(trainer: &mut Trainer, decoder: &Decoder) {
+    let (skipped, before) = (trainer.skipped(), trainer.report().disk_stats);
+    for _ in 0..2 {
+        step(trainer, decoder, Step);
+    }
+    trainer.settle().unwrap();
+    // What is undone is read again.
+    if trainer.skipped() == skipped {
+        let report = trainer.report();
+        let after = report.disk_stats;
+        let read = after.payload_read_bytes - before.payload_read_bytes;
+        let written = after.payload_written_bytes - before.payload_written_bytes;
+        let said = (report.traffic.disk_read, report.traffic.disk_write);
+        assert_eq!((read, written), (2 * said.0, 2 * said.1));
+    }
+}
+
+/// Budgets are hard caps.
+fn caps(trainer: &Trainer) {
+    for tier in &trainer.report().tiers[..2] {
+        assert!(tier.peak_bytes <= tier.budget_bytes, "{tier:?}");
+    }
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap())
+}
+
+#[test]
+fn whatever_is_chosen_together_what_a_run_computes_does_not_depend_on_where() {
+    let first = number("FOREBAY_COMBINATIONS_SEED", 1);
+    for seed in first..first + number("FOREBAY_COMBINATIONS", 24) {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let case = Case::draw(&mut random);
+        // A split master has the bits of a whole one.
+        let whole = Case {
+            split_master: false,
+            ..case.clone()
+        };
+        println!("seed {seed}: {case:?}");
+        let reference = run(&whole, &[RESIDENT]);
+        for _ in 0..3 {
+            let settings: [_; 3] = std::array::from_fn(|_| Setting::draw(&mut random, &case));
+            println!("    {settings:?}");
+            let got = run(&case, &settings);
+            assert_eq!(got, reference, "seed {seed}\n{case:?}\n{settings:?}");
+        }
+    }
+}
+
+#[test]
+fn what_a_run_computes_shows() {
+    for seed in 0..8 {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let case = Case {
+            loss_scale: LossScale::None,
+            events: vec![Step, Step, Step, Eval],
+            ..Case::draw(&mut random)
+        };
+        let setting = Setting::draw(&mut random, &case);
+        let reference = run(&case, &[RESIDENT]);
+        assert_eq!(run(&case, std::slice::from_ref(&setting)), reference);
+        let decayed = Case {
+            optimizer: case.optimizer.with_decay(10.0),
+            ..case.clone()
+        };
+        let discarded = Case {
+            events: vec![Step, Discarded, Step, Eval],
+            ..case.clone()
+        };
+        let skipped = Case {
+            events: vec![Step, Poisoned(1), Step, Eval],
+            ..case
+        };
+        for other in [decayed, discarded, skipped] {
+            let got = run(&other, std::slice::from_ref(&setting));
+            assert_ne!(got, reference, "seed {seed}\n{other:?}");
+        }
+    }
+}
+
+#[test]
+fn what_makes_no_sense_together_is_refused_before_anything_is_made() {
+    let (mut taken, mut refused) = (0, 0);
+    for seed in 0..200 {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let r = &mut random;
+        let case = Case {
+            dtype: one(r, &[DType::F32, DType::Bf16, DType::F16]),
+            split_master: r.random(),
+            moments: one(r, &[Moment::F32, Moment::Bf16]),
+            updates: one(r, &[Updates::Exact, Updates::Delayed]),
+            loss_scale: one(r, &[LossScale::Auto, LossScale::Fixed(1000.0)]),
+            ..Case::draw(r)
+        };
+        let setting = Setting {
+            ahead: one(r, &[Ahead::Auto, Ahead::Always]),
+            partitions: 1 + u32::from(r.random_bool(0.3)),
+            ..Setting::draw(r, &case)
+        };
+        let (disk, decoder) = (SimDisk::new(1), case.decoder(&setting));
+        let mut options = case.options(&setting);
+        options.medium = Arc::new(disk.clone());
+        (options.device_budget, options.pinned_budget) = (Some(1 << 30), Some(1 << 30));
+        let footprint = decoder.footprint(options.target().unwrap()).unwrap();
+        let model = decoder.model().clone();
+        let made = Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 });
+        let (delayed, whole) = (
+            case.updates == Updates::Delayed,
+            case.optimizer.whole_tensors(),
+        );
+        let adagrad = matches!(case.optimizer, Optimizer::Adagrad(_));
+        let right = [
+            !case.split_master || case.dtype == DType::Bf16 && !delayed,
+            !adagrad || case.moments == Moment::F32,
+            !delayed || setting.ahead != Ahead::Always,
+            !whole || setting.chunk.is_none() && setting.partitions == 1,
+            case.loss_scale != LossScale::Fixed(1000.0),
+        ];
+        let what = format!("seed {seed}\n{case:?}\n{setting:?}");
+        match made {
+            Ok(_) => assert!(right.iter().all(|r| *r), "{what}"),
+            Err(Error::Misuse(why)) => {
+                assert!(!right.iter().all(|r| *r), "{why}\n{what}");
+                assert!(!why.contains('\n'), "{why}");
+                let there = forebay::nvme::Store::peek(&options.disk[0], &disk);
+                assert!(there.is_err(), "{what}");
+                refused += 1;
+                continue;
+            }
+            Err(other) => panic!("{other}\n{what}"),
+        }
+        taken += 1;
+    }
+    assert!(taken > 10 && refused > 50, "{taken}, {refused}");
+}
