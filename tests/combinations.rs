@@ -8,6 +8,7 @@ mod common;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{Poison, config, options, tokens};
 use forebay::nvme::sim::SimDisk;
@@ -141,7 +142,7 @@ impl Case {
         let events = [Step].into_iter().chain(events.collect::<Vec<_>>());
         let events = events.chain([Step, Eval]).collect();
         Self {
-            layers: r.random_range(1..5),
+            layers: r.random_range(1..7),
             tied: r.random(),
             dtype,
             micro_batches: r.random_range(1..3),
@@ -205,13 +206,15 @@ impl Setting {
             0 => one(r, &[0.0, -1.0, 1e-300, f64::INFINITY, f64::NAN]),
             _ => 10f64.powf(r.random_range(from..to)),
         };
-        let rates = r.random_bool(0.6).then(|| {
-            let cpu = rate(r, 4.0, 10.0);
+        let rates = r.random_bool(0.7).then(|| {
+            // Mostly so slow that states are worth more than parameters on the device.
+            let most = one(r, &[5.0, 5.0, 10.0]);
+            let cpu = rate(r, 4.0, most);
             PlaceRates {
                 cpu,
                 cpu_ahead: cpu * r.random_range(0.5..1.0),
-                h2d: rate(r, 4.0, 11.0),
-                d2h: rate(r, 4.0, 11.0),
+                h2d: rate(r, 6.0, 11.0),
+                d2h: rate(r, 6.0, 11.0),
                 disk_read: rate(r, 5.0, 10.0),
                 disk_write: rate(r, 5.0, 10.0),
                 device_update: one(r, &[f64::INFINITY, 1e7, 1e11]),
@@ -369,7 +372,7 @@ fn run(case: &Case, settings: &[Setting]) -> Seen {
                     skipped += trainer.skipped();
                 }
                 let stands = trainer.generation() > 0;
-                caps(&trainer);
+                caps(case, &trainer);
                 drop(trainer);
                 setting = next.next().unwrap();
                 (trainer, decoder) = setting.open(case, &disk, stands);
@@ -386,7 +389,7 @@ fn run(case: &Case, settings: &[Setting]) -> Seen {
             seen.push((*event, [skipped + trainer.skipped(), scale, norm]));
         }
     }
-    caps(&trainer);
+    caps(case, &trainer);
     if case.updates == Updates::Exact {
         moves_what_it_says(&mut trainer, &decoder);
     }
@@ -411,12 +414,40 @@ fn moves_what_it_says(trainer: &mut Trainer, decoder: &Decoder) {
     }
 }
 
-/// Budgets are hard caps.
-fn caps(trainer: &Trainer) {
-    for tier in &trainer.report().tiers[..2] {
+/// Trainers that met each of [`MEETINGS`].
+static MET: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
+const MEETINGS: [&str; 6] = [
+    "states on the device while parameters pass through",
+    "states on the device and on disk",
+    "updates ahead that stood",
+    "updates ahead that were undone",
+    "a split master on the device while parameters pass through",
+    "delayed updates with work for the disk",
+];
+
+/// Budgets are hard caps. Takes note of what the trainer met.
+fn caps(case: &Case, trainer: &Trainer) {
+    let report = trainer.report();
+    for tier in &report.tiers[..2] {
         assert!(tier.peak_bytes <= tier.budget_bytes, "{tier:?}");
     }
+    let (keeps, disk) = (report.keeps, report.traffic.disk_write > 0);
+    let some = keeps.optim[0] > 0 && keeps.optim[0] < keeps.optim[1];
+    let met = [
+        some && keeps.params[0] < keeps.params[1],
+        some && disk,
+        report.ahead.stood() > 0,
+        report.ahead.undone > 0,
+        some && keeps.params[0] < keeps.params[1] && case.split_master,
+        case.updates == Updates::Delayed && disk,
+    ];
+    for (count, met) in MET.iter().zip(met) {
+        count.fetch_add(met.into(), Ordering::Relaxed);
+    }
 }
+
+const COUNT: &str = "FOREBAY_COMBINATIONS";
+const MANY: u64 = 24;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap())
@@ -425,7 +456,7 @@ fn number(name: &str, default: u64) -> u64 {
 #[test]
 fn whatever_is_chosen_together_what_a_run_computes_does_not_depend_on_where() {
     let first = number("FOREBAY_COMBINATIONS_SEED", 1);
-    for seed in first..first + number("FOREBAY_COMBINATIONS", 24) {
+    for seed in first..first + number(COUNT, MANY) {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let case = Case::draw(&mut random);
         // A split master has the bits of a whole one.
@@ -441,6 +472,11 @@ fn whatever_is_chosen_together_what_a_run_computes_does_not_depend_on_where() {
             let got = run(&case, &settings);
             assert_eq!(got, reference, "seed {seed}\n{case:?}\n{settings:?}");
         }
+    }
+    for (count, what) in MET.iter().zip(MEETINGS) {
+        let count = count.load(Ordering::Relaxed);
+        println!("{count} met {what}");
+        assert!(count > 0 || number(COUNT, MANY) < MANY, "none met {what}");
     }
 }
 
