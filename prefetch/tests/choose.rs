@@ -190,6 +190,26 @@ fn what_binds_decides_what_the_device_keeps() {
 }
 
 #[test]
+fn rates_that_make_no_sense_are_named_and_those_next_to_nothing_do_no_harm() {
+    H200.check().unwrap();
+    for wrong in [0.0, -1.0, f64::NAN] {
+        let what = PlaceRates { d2h: wrong, ..H200 }.check().unwrap_err();
+        assert!(
+            what.contains("d2h") && what.contains("more than 0"),
+            "{what}"
+        );
+    }
+    for compute_s in [-1.0, f64::INFINITY, f64::NAN] {
+        PlaceRates { compute_s, ..H200 }.check().unwrap_err();
+    }
+    // No bound looks at this one.
+    let cpu_ahead = 1e-300;
+    let rates = PlaceRates { cpu_ahead, ..H200 };
+    rates.check().unwrap();
+    place(&large(), gib(8), &large_options(Some(rates))).unwrap();
+}
+
+#[test]
 fn only_auto_chooses_and_only_with_rates() {
     let model = large();
     let placed = |policy, rates| {

@@ -488,6 +488,9 @@ fn place(
         Some(chunk) => chunk.min(largest),
         None => chunk(elements().sum()).min(largest),
     };
+    if let Some(Err(what)) = options.rates.map(|rates| rates.check()) {
+        return Err(Error::Misuse(what));
+    }
     let (format, timing) = (options.format(), timing(options));
     if timing == Timing::Delayed && options.ahead == Ahead::Always {
         let what = "with delayed updates none runs ahead of the norm, which is known before them; leave Ahead at \
