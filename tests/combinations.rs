@@ -301,7 +301,13 @@ impl Setting {
                 false => Trainer::create(model, footprint, &options, &mut RandomInit { seed: 5 }),
             };
             match made {
-                Ok(trainer) => return (trainer, decoder),
+                Ok(trainer) => {
+                    let needs = forebay::requirements(decoder.model(), footprint, &options);
+                    let [_, pinned, _] = trainer.report().tiers;
+                    let needs = needs.unwrap().pinned_bytes;
+                    assert_eq!(pinned.peak_bytes, needs, "to the byte");
+                    return (trainer, decoder);
+                }
                 Err(Error::Placement(Refused::DeviceBudget { have, least })) => {
                     assert!(have < least);
                     options.device_budget = Some(least);
