@@ -89,7 +89,10 @@ impl PlaceRates {
             ("disk_write", self.disk_write),
             ("device_update", self.device_update),
         ];
-        if let Some((name, rate)) = rates.into_iter().find(|(_, rate)| !(*rate > 0.0)) {
+        if let Some((name, rate)) = rates
+            .into_iter()
+            .find(|(_, rate)| rate.is_nan() || *rate <= 0.0)
+        {
             return Err(format!("a rate of {rate} ({name}): use more than 0"));
         }
         match self.compute_s {
