@@ -351,9 +351,8 @@ impl Trainer {
 }
 
 /// The budgets that a placement can use for a model: what `resident` and `pinned` raise theirs to. Of pinned
-/// memory that is more than the least, by the room to undo updates that run ahead of the norm (4.2 bytes a
-/// parameter in pinned memory, and the gradient's where the device has the parameter): with [`Ahead::Never`] it
-/// is the least.
+/// memory that is more than the least, by the room to undo updates that run ahead of the norm ([`Ahead::Auto`]): with
+/// [`Ahead::Never`] it is the least.
 ///
 /// # Errors
 /// A model that makes no sense.
