@@ -15,7 +15,7 @@ proptest! {
     #[test]
     fn any_plan_ends_within_its_pools_and_on_the_right_versions(
         layers in 1u32..9, tied: bool, gather: bool, layer in 1u64..40, embed in 0u64..60,
-        lookahead in 0u32..5, immediate: bool, split: bool, policy in 0usize..4,
+        lookahead in 0u32..5, immediate: bool, split: bool, chunk in 12u32..17, policy in 0usize..4,
         device in 0u64..100, pinned in 0u64..100, seed in 1u64.., speeds in prop::array::uniform3(0u32..4),
     ) {
         // Of a size of its own, or sharing slots with the layers.
@@ -24,7 +24,8 @@ proptest! {
         let model = if gather { gathering(model) } else { model };
         let timing = if immediate && !split { Timing::Immediate } else { Timing::AfterNorm };
         let policy = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk][policy];
-        let options = PlaceOptions { split, ..options(policy, lookahead, timing) };
+        let chunk_elements = 1 << chunk;
+        let options = PlaceOptions { split, chunk_elements, ..options(policy, lookahead, timing) };
         let least = least(&model, &options);
         let most = place(&model, ALL, &options).unwrap();
         let between = |least: u64, most: u64, part: u64| least + most.saturating_sub(least) * part / 90;
