@@ -25,7 +25,10 @@ proptest! {
         let timing = if immediate && !split { Timing::Immediate } else { Timing::AfterNorm };
         let policy = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk][policy];
         let chunk_elements = 1 << chunk;
-        let options = PlaceOptions { split, chunk_elements, ..options(policy, lookahead, timing) };
+        let undo_log_bytes = 4 << chunk;
+        let options = PlaceOptions {
+            split, chunk_elements, undo_log_bytes, ..options(policy, lookahead, timing)
+        };
         let least = least(&model, &options);
         let most = place(&model, ALL, &options).unwrap();
         let between = |least: u64, most: u64, part: u64| least + most.saturating_sub(least) * part / 90;
