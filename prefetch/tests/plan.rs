@@ -295,3 +295,43 @@ fn stages_that_make_no_sense_are_refused() {
     assert!(broken(|m| m.eval[0].grads.push(SectionId(0))).contains("no gradients"));
     assert!(broken(|m| m.sections[0].elements = 0).contains("empty"));
 }
+
+#[test]
+fn what_waits_for_old_parameters_from_disk_has_no_room_to_be_undone() {
+    let model = decoder(6, 10 * 16384, 10 * 16384, true, 8192);
+    let chunk = 1 << 12;
+    let options = PlaceOptions {
+        split: true,
+        chunk_elements: chunk,
+        undo_log_bytes: 4 * chunk,
+        ..options(Policy::Auto, 2, Timing::AfterNorm)
+    };
+    let device_bytes = least(&model, &options).device_bytes;
+    let with = |pinned_bytes| {
+        let budgets = Budgets {
+            device_bytes,
+            pinned_bytes,
+        };
+        place(&model, budgets, &options)
+    };
+    let least = match with(0) {
+        Err(Error::PinnedBudget { least, .. }) => least,
+        other => panic!("{other:?}"),
+    };
+    let most = with(ALL.pinned_bytes).unwrap().pinned_bytes();
+    let (mut wait, mut run) = (0, 0);
+    for part in 0..400 {
+        let placement = with(least + (most - least) * part / 400).unwrap();
+        let plan = Plan::training(&model, &placement).unwrap();
+        let tasks = || plan.tasks().iter();
+        let gated = tasks().filter(|t| t.window == Window::Norm);
+        assert!(gated.clone().all(|t| t.param.is_none()));
+        assert!(plan.undo_buffers() <= gated.count() as u64);
+        // States in pinned memory, and parameters on disk.
+        wait += tasks()
+            .filter(|t| t.param.is_some() && t.states.is_none())
+            .count();
+        run += plan.undo_buffers();
+    }
+    assert!(wait > 0 && run > 0, "{wait} wait, {run} run ahead");
+}
