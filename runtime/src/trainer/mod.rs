@@ -86,9 +86,14 @@ struct Meta {
     loss_scale: Option<ScaleState>,
     /// The user's text.
     user: String,
-    /// How the states came to be, and how they are kept; of AdamW's in f32 before there were others.
-    #[serde(default)]
-    states: Option<String>,
+    /// How the states came to be, and how they are kept.
+    #[serde(default = "first_states")]
+    states: String,
+}
+
+/// Those of generations from before there were others.
+fn first_states() -> String {
+    "adamw with fp32 moments and fp32 masters".to_owned()
 }
 
 impl Trainer {
@@ -129,7 +134,7 @@ impl Trainer {
             what: format!("its trainer's part cannot be read ({e}); start anew elsewhere"),
         })?;
         let (stored, ours) = (meta.states, states_of(options));
-        if let Some(stored) = stored.filter(|stored| *stored != ours) {
+        if stored != ours {
             return Err(Error::Generation {
                 generation: store.generation(),
                 path: store.path().to_owned(),
@@ -299,7 +304,7 @@ impl Trainer {
             applied,
             loss_scale: self.engine.scaler.state(),
             user: user.to_owned(),
-            states: Some(self.states.clone()),
+            states: self.states.clone(),
         };
         let text = serde_json::to_string(&meta).map_err(|e| Error::Misuse(e.to_string()))?;
         let published = self.engine.publish(&text);
@@ -620,4 +625,15 @@ fn disk(
     let slabs = pools.iter().map(|pool| pool.buffers);
     store.slack = slabs.max().unwrap_or(1);
     (layout, store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_that_names_no_optimizer_is_of_the_first_one() {
+        let meta: Meta = serde_json::from_str(r#"{"steps":3,"applied":2,"user":""}"#).unwrap();
+        assert_eq!(meta.states, states_of(&Options::new([])));
+    }
 }
