@@ -232,14 +232,14 @@ proptest! {
     #[test]
     fn a_chosen_plan_ends_within_its_pools_and_on_the_right_versions(
         layers in 1u32..9, tied: bool, gather: bool, layer in 1u64..40, embed in 0u64..60,
-        lookahead in 0u32..5, immediate: bool, device in 0u64..100, pinned in 0u64..100,
+        lookahead in 0u32..5, immediate: bool, split: bool, device in 0u64..100, pinned in 0u64..100,
         seed in 1u64.., speeds in prop::array::uniform4(0u32..4),
     ) {
         let embed = if embed == 0 { layer } else { embed };
         let model = decoder(layers, layer * 16384, embed * 16384, tied, 8192);
         let model = if gather { gathering(model) } else { model };
-        let timing = if immediate { Timing::Immediate } else { Timing::AfterNorm };
-        let usual = options(Policy::Auto, lookahead, timing);
+        let timing = if immediate && !split { Timing::Immediate } else { Timing::AfterNorm };
+        let usual = PlaceOptions { split, ..options(Policy::Auto, lookahead, timing) };
         let least = least(&model, &usual);
         let most = place(&model, ALL, &usual).unwrap();
         let device_bytes = least.device_bytes + (most.device_bytes() - least.device_bytes) * device / 100;
