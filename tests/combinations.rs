@@ -35,7 +35,7 @@ enum Event {
     Publish,
     /// Everything is published, and the run goes on from there under the next settings.
     Resume,
-    /// The trainer goes away, and the run goes on from what was published last.
+    /// The trainer goes away, then the disk's power, and the run goes on from what was published last.
     Crash,
 }
 use Event::{Crash, Discarded, Eval, Poisoned, Resume, Settle, Step};
@@ -392,6 +392,9 @@ fn run(case: &Case, settings: &[Setting]) -> Seen {
                 let stands = trainer.generation() > 0;
                 caps(case, &trainer);
                 drop(trainer);
+                if *event == Crash {
+                    disk.power_cut();
+                }
                 setting = next.next().unwrap();
                 (trainer, decoder) = setting.open(case, &disk, stands);
                 continue;
