@@ -361,13 +361,16 @@ fn step(trainer: &mut Trainer, decoder: &Decoder, event: Event) -> u32 {
 /// What a run shows: losses; once all is settled, what was skipped, the norm and the scale.
 type Seen = Vec<(Event, [u64; 3])>;
 
-/// Runs a case; each resume takes the next setting.
+/// Runs a case; each resume takes the next setting. With one alone the run is not cut where it would be resumed.
 fn run(case: &Case, settings: &[Setting]) -> Seen {
     let disk = SimDisk::new(1);
     let mut next = settings.iter().cycle();
     let mut setting = next.next().unwrap();
     let (mut trainer, mut decoder) = setting.open(case, &disk, false);
-    let (mut seen, mut skipped) = (Seen::new(), 0);
+    // A trainer that has just been opened knows no norm.
+    let (mut seen, mut stepped) = (Seen::new(), false);
+    // Steps skipped before the trainer was opened, and by it before it was last published as for a resume.
+    let (mut skipped, mut published) = (0, 0);
     for event in &case.events {
         match event {
             Settle => trainer.settle().unwrap(),
@@ -384,7 +387,14 @@ fn run(case: &Case, settings: &[Setting]) -> Seen {
                     "as a generation was said to take"
                 );
             }
+            Resume if settings.len() == 1 => {
+                trainer.publish("").unwrap();
+                (stepped, published) = (false, trainer.skipped());
+                continue;
+            }
             Resume | Crash => {
+                skipped += std::mem::take(&mut published);
+                stepped = false;
                 if *event == Resume {
                     trainer.publish("").unwrap();
                     skipped += trainer.skipped();
@@ -401,13 +411,17 @@ fn run(case: &Case, settings: &[Setting]) -> Seen {
             }
             _ => {
                 let loss = step(&mut trainer, &decoder, *event);
+                stepped |= *event != Eval;
                 seen.push((*event, [loss.into(), 0, 0]));
             }
         }
         if !matches!(event, Step | Poisoned(_) | Discarded) {
             let scale = trainer.loss_scale().unwrap_or_default().to_bits();
-            let norm = trainer.grad_norm().to_bits();
-            seen.push((*event, [skipped + trainer.skipped(), scale, norm]));
+            let norm = stepped.then(|| trainer.grad_norm().to_bits());
+            seen.push((
+                *event,
+                [skipped + trainer.skipped(), scale, norm.unwrap_or(0)],
+            ));
         }
     }
     caps(case, &trainer);
