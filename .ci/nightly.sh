@@ -10,7 +10,7 @@ end=$((SECONDS + seconds))
 export FOREBAY_CI=1
 log=$(mktemp)
 trap 'rm -f $log' EXIT
-seeds=0 cuts=0 kills=0 faults=0 kernels=0 rounds=0
+seeds=0 cuts=0 kills=0 faults=0 kernels=0 combinations=0 rounds=0
 
 check() { # a command that must pass
     if ! "$@" >"$log" 2>&1; then
@@ -39,6 +39,9 @@ while ((SECONDS < end)); do
     ((SECONDS < end)) || break
     check cargo test --release -p forebay-nvme --test kernel -- --test-threads=1
     kernels=$((kernels + 1))
-    echo "$((SECONDS / 60)) min: $seeds seeds, $cuts power cuts, $faults single faults in training, $kills kills, $kernels kernel rounds"
+    ((SECONDS < end)) || break
+    FOREBAY_COMBINATIONS=300 FOREBAY_COMBINATIONS_SEED=$FOREBAY_SIM_FIRST check cargo test --release --test combinations
+    combinations=$((combinations + 300))
+    echo "$((SECONDS / 60)) min: $seeds seeds, $cuts power cuts, $faults single faults in training, $kills kills, $kernels kernel rounds, $combinations combinations"
 done
-echo "$SECONDS s, $rounds rounds: $seeds seeds of all faults, $cuts power cuts, $faults single faults in a training run, $kills kill -9, $kernels rounds of kernel faults; no wrong byte, no hang"
+echo "$SECONDS s, $rounds rounds: $seeds seeds of all faults, $cuts power cuts, $faults single faults in a training run, $kills kill -9, $kernels rounds of kernel faults, $combinations combinations of settings; no wrong byte, no hang"

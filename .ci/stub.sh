@@ -19,5 +19,5 @@ export LD_LIBRARY_PATH=$names FOREBAY_KERNELS=$names/kernels FOREBAY_REQUIRE_GPU
 FOREBAY_STUB_MEMORY=$((1 << 30)) cargo test -q -p forebay-kernels --test cuda
 for seed in 1 $((RANDOM + 2)); do
     echo "seed $seed"
-    FOREBAY_STUB_SEED=$seed cargo test -q -p forebay --test bits --test optimizers --test parity --test faults
+    FOREBAY_STUB_SEED=$seed cargo test -q -p forebay --test bits --test combinations --test optimizers --test parity --test faults
 done

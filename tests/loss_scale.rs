@@ -380,6 +380,23 @@ fn a_step_that_does_not_ask_for_its_scale_is_refused_where_there_is_one() {
 }
 
 #[test]
+fn a_step_that_asks_for_its_scale_behind_a_whole_gradient_is_refused_where_there_is_one() {
+    for (loss_scale, late) in [(LossScale::Fixed(8.0), true), (LossScale::None, false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut trainer = own_trainer(folder.path(), DType::F32, loss_scale);
+        let step = trainer.begin(1e-2).unwrap();
+        // Its stage is over at the end of this.
+        walk(&step, false).unwrap();
+        match step.loss_scale() {
+            Ok(scale) => assert!(!late && scale == 1.0),
+            Err(error) => assert!(late && error.to_string().contains("where the loss is")),
+        }
+        drop(step.discard());
+        assert_eq!(trainer.publish("").is_err(), late);
+    }
+}
+
+#[test]
 fn a_scale_that_cannot_be_undone_exactly_is_refused_before_anything_is_made() {
     let folder = tempfile::tempdir().unwrap();
     let decoder = decoder_in(DType::F32);

@@ -194,23 +194,55 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
 }
 
 #[test]
-fn a_generation_of_another_optimizer_is_refused_by_name() {
-    let folder = tempfile::tempdir().unwrap();
-    let decoder = decoder_in(DType::F32);
-    let mut options = options(folder.path());
-    options.optimizer = "lion".parse().unwrap();
-    let options = with_budgets(options, &decoder);
-    let mut trainer = create(&decoder, &options);
-    train(&mut trainer, &decoder, 1);
-    trainer.publish("").unwrap();
-    drop(trainer);
-    let other = Options {
-        optimizer: "sgd".parse().unwrap(),
-        ..options.clone()
+fn a_generation_of_other_states_is_refused_by_name() {
+    let kinds = [
+        (
+            "adamw",
+            Moment::F32,
+            false,
+            "adamw with fp32 moments and fp32",
+        ),
+        (
+            "adamw",
+            Moment::Bf16,
+            false,
+            "adamw with bf16 moments and fp32",
+        ),
+        (
+            "adamw",
+            Moment::F32,
+            true,
+            "adamw with fp32 moments and split",
+        ),
+        ("lamb", Moment::F32, false, "lamb"),
+        ("lion", Moment::F32, false, "lion"),
+        ("sgd", Moment::F32, false, "sgd"),
+    ];
+    let decoder = decoder_in(DType::Bf16);
+    let with = |folder: &std::path::Path, kind: usize| {
+        let (name, moments, split, _) = kinds[kind];
+        let mut options = options(folder);
+        options.optimizer = name.parse().unwrap();
+        (options.moments, options.split_master) = (moments, split);
+        options.optimizer_chunk = None;
+        with_budgets(options, &decoder)
     };
-    let footprint = decoder.footprint(other.target().unwrap()).unwrap();
-    let error = forebay::Trainer::resume(decoder.model().clone(), footprint, &other).unwrap_err();
-    let what = error.to_string();
-    assert!(what.contains("lion") && what.contains("sgd"), "{what}");
-    resume(&decoder, &options);
+    for made in 0..kinds.len() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = with(folder.path(), made);
+        let mut trainer = create(&decoder, &options);
+        train(&mut trainer, &decoder, 1);
+        trainer.publish("").unwrap();
+        drop(trainer);
+        for asked in (0..kinds.len()).filter(|asked| *asked != made) {
+            let other = with(folder.path(), asked);
+            let footprint = decoder.footprint(other.target().unwrap()).unwrap();
+            let model = decoder.model().clone();
+            let error = forebay::Trainer::resume(model, footprint, &other).unwrap_err();
+            let what = error.to_string();
+            let both = [made, asked].map(|kind| what.contains(kinds[kind].3));
+            assert_eq!(both, [true; 2], "{what}");
+        }
+        assert_eq!(resume(&decoder, &options).steps(), 1);
+    }
 }

@@ -364,7 +364,8 @@ impl<'a> Builder<'a> {
         let mut states = Vec::new();
         for (index, part) in self.placement.parts(section).to_vec().iter().enumerate() {
             let index = index as u32;
-            let gated = stays && part.home == Tier::Pinned && !self.delayed();
+            // What it makes of old parameters from disk waits for them.
+            let gated = stays && part.home == Tier::Pinned && !self.delayed() && old.is_none();
             let mut deps: Vec<Dep> = out.into_iter().collect();
             deps.extend(ready.filter(|_| !gated));
             let staged = (part.home == Tier::Disk).then(|| {

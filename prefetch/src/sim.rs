@@ -181,9 +181,11 @@ impl Simulation<'_> {
         let ready = after.map(|e| e.1).max().unwrap_or(0).max(self.now);
         let length = (seconds * self.stretch() * 1e9).round() as Nanos;
         let start = ready.max(self.free[server]);
-        let end = start + length;
+        // At rates next to nothing there is no end.
+        let end = start.saturating_add(length);
         self.free[server] = end;
-        self.busy[lane as usize] += length;
+        let busy = &mut self.busy[lane as usize];
+        *busy = busy.saturating_add(length);
         self.ends.insert(task, (start, end));
         self.running.push(Reverse((end, task)));
         if lane.on_device() {

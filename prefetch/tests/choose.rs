@@ -190,6 +190,26 @@ fn what_binds_decides_what_the_device_keeps() {
 }
 
 #[test]
+fn rates_that_make_no_sense_are_named_and_those_next_to_nothing_do_no_harm() {
+    H200.check().unwrap();
+    for wrong in [0.0, -1.0, f64::NAN] {
+        let what = PlaceRates { d2h: wrong, ..H200 }.check().unwrap_err();
+        assert!(
+            what.contains("d2h") && what.contains("more than 0"),
+            "{what}"
+        );
+    }
+    for compute_s in [-1.0, f64::INFINITY, f64::NAN] {
+        PlaceRates { compute_s, ..H200 }.check().unwrap_err();
+    }
+    // No bound looks at this one.
+    let cpu_ahead = 1e-300;
+    let rates = PlaceRates { cpu_ahead, ..H200 };
+    rates.check().unwrap();
+    place(&large(), gib(8), &large_options(Some(rates))).unwrap();
+}
+
+#[test]
 fn only_auto_chooses_and_only_with_rates() {
     let model = large();
     let placed = |policy, rates| {
@@ -212,14 +232,14 @@ proptest! {
     #[test]
     fn a_chosen_plan_ends_within_its_pools_and_on_the_right_versions(
         layers in 1u32..9, tied: bool, gather: bool, layer in 1u64..40, embed in 0u64..60,
-        lookahead in 0u32..5, immediate: bool, device in 0u64..100, pinned in 0u64..100,
+        lookahead in 0u32..5, immediate: bool, split: bool, device in 0u64..100, pinned in 0u64..100,
         seed in 1u64.., speeds in prop::array::uniform4(0u32..4),
     ) {
         let embed = if embed == 0 { layer } else { embed };
         let model = decoder(layers, layer * 16384, embed * 16384, tied, 8192);
         let model = if gather { gathering(model) } else { model };
-        let timing = if immediate { Timing::Immediate } else { Timing::AfterNorm };
-        let usual = options(Policy::Auto, lookahead, timing);
+        let timing = if immediate && !split { Timing::Immediate } else { Timing::AfterNorm };
+        let usual = PlaceOptions { split, ..options(Policy::Auto, lookahead, timing) };
         let least = least(&model, &usual);
         let most = place(&model, ALL, &usual).unwrap();
         let device_bytes = least.device_bytes + (most.device_bytes() - least.device_bytes) * device / 100;

@@ -15,16 +15,20 @@ proptest! {
     #[test]
     fn any_plan_ends_within_its_pools_and_on_the_right_versions(
         layers in 1u32..9, tied: bool, gather: bool, layer in 1u64..40, embed in 0u64..60,
-        lookahead in 0u32..5, immediate: bool, policy in 0usize..4,
+        lookahead in 0u32..5, immediate: bool, split: bool, chunk in 12u32..17, policy in 0usize..4,
         device in 0u64..100, pinned in 0u64..100, seed in 1u64.., speeds in prop::array::uniform3(0u32..4),
     ) {
         // Of a size of its own, or sharing slots with the layers.
         let embed = if embed == 0 { layer } else { embed };
         let model = decoder(layers, layer * 16384, embed * 16384, tied, 8192);
         let model = if gather { gathering(model) } else { model };
-        let timing = if immediate { Timing::Immediate } else { Timing::AfterNorm };
+        let timing = if immediate && !split { Timing::Immediate } else { Timing::AfterNorm };
         let policy = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk][policy];
-        let options = options(policy, lookahead, timing);
+        let chunk_elements = 1 << chunk;
+        let undo_log_bytes = 4 << chunk;
+        let options = PlaceOptions {
+            split, chunk_elements, undo_log_bytes, ..options(policy, lookahead, timing)
+        };
         let least = least(&model, &options);
         let most = place(&model, ALL, &options).unwrap();
         let between = |least: u64, most: u64, part: u64| least + most.saturating_sub(least) * part / 90;
@@ -54,13 +58,13 @@ proptest! {
     #[test]
     fn the_least_budgets_in_errors_are_exact(
         layers in 1u32..9, tied: bool, gather: bool, layer in 1u64..40, lookahead in 0u32..5,
-        immediate: bool, policy in 0usize..4,
+        immediate: bool, split: bool, policy in 0usize..4,
     ) {
         let model = decoder(layers, layer * 16384, 50_000 * 4, tied, 8192);
         let model = if gather { gathering(model) } else { model };
-        let timing = if immediate { Timing::Immediate } else { Timing::AfterNorm };
+        let timing = if immediate && !split { Timing::Immediate } else { Timing::AfterNorm };
         let policy = [Policy::Auto, Policy::Resident, Policy::Pinned, Policy::Disk][policy];
-        let options = options(policy, lookahead, timing);
+        let options = PlaceOptions { split, ..options(policy, lookahead, timing) };
         let least = least(&model, &options);
         prop_assert!(place(&model, least, &options).is_ok());
         let less = Budgets { device_bytes: least.device_bytes - 1, ..least };
@@ -290,4 +294,44 @@ fn stages_that_make_no_sense_are_refused() {
     assert!(both.contains("'embed' in its params and in its gathers"));
     assert!(broken(|m| m.eval[0].grads.push(SectionId(0))).contains("no gradients"));
     assert!(broken(|m| m.sections[0].elements = 0).contains("empty"));
+}
+
+#[test]
+fn what_waits_for_old_parameters_from_disk_has_no_room_to_be_undone() {
+    let model = decoder(6, 10 * 16384, 10 * 16384, true, 8192);
+    let chunk = 1 << 12;
+    let options = PlaceOptions {
+        split: true,
+        chunk_elements: chunk,
+        undo_log_bytes: 4 * chunk,
+        ..options(Policy::Auto, 2, Timing::AfterNorm)
+    };
+    let device_bytes = least(&model, &options).device_bytes;
+    let with = |pinned_bytes| {
+        let budgets = Budgets {
+            device_bytes,
+            pinned_bytes,
+        };
+        place(&model, budgets, &options)
+    };
+    let least = match with(0) {
+        Err(Error::PinnedBudget { least, .. }) => least,
+        other => panic!("{other:?}"),
+    };
+    let most = with(ALL.pinned_bytes).unwrap().pinned_bytes();
+    let (mut wait, mut run) = (0, 0);
+    for part in 0..400 {
+        let placement = with(least + (most - least) * part / 400).unwrap();
+        let plan = Plan::training(&model, &placement).unwrap();
+        let tasks = || plan.tasks().iter();
+        let gated = tasks().filter(|t| t.window == Window::Norm);
+        assert!(gated.clone().all(|t| t.param.is_none()));
+        assert!(plan.undo_buffers() <= gated.count() as u64);
+        // States in pinned memory, and parameters on disk.
+        wait += tasks()
+            .filter(|t| t.param.is_some() && t.states.is_none())
+            .count();
+        run += plan.undo_buffers();
+    }
+    assert!(wait > 0 && run > 0, "{wait} wait, {run} run ahead");
 }

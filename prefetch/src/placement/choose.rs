@@ -75,6 +75,32 @@ const TOO_LONG: f64 = 1e6;
 const GAIN: f64 = 0.98;
 
 impl PlaceRates {
+    /// What is wrong with them, in one line.
+    ///
+    /// # Errors
+    /// A rate that is not more than 0, or seconds that are no number.
+    pub fn check(&self) -> Result<(), String> {
+        let rates = [
+            ("cpu", self.cpu),
+            ("cpu_ahead", self.cpu_ahead),
+            ("h2d", self.h2d),
+            ("d2h", self.d2h),
+            ("disk_read", self.disk_read),
+            ("disk_write", self.disk_write),
+            ("device_update", self.device_update),
+        ];
+        if let Some((name, rate)) = rates
+            .into_iter()
+            .find(|(_, rate)| rate.is_nan() || *rate <= 0.0)
+        {
+            return Err(format!("a rate of {rate} ({name}): use more than 0"));
+        }
+        match self.compute_s {
+            seconds if seconds >= 0.0 && seconds.is_finite() => Ok(()),
+            seconds => Err(format!("{seconds} seconds of compute: use 0 or more")),
+        }
+    }
+
     /// Rates of the simulator, compute shared out by what stages read: a backward stage computes forward
     /// again, and then twice as much.
     fn of_stages(&self, model: &Model) -> Rates {

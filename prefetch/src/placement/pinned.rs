@@ -66,7 +66,10 @@ impl Placement {
 
     /// Room to undo updates that run before the norm, from what is left.
     pub(super) fn keep_undo(&mut self, budget: u64) {
-        let stays = |section: usize| self.grad_home[section] == GradHome::Slab;
+        let stays = |section: usize| {
+            let waits = self.update_reads_param(SectionId(section as u32));
+            self.grad_home[section] == GradHome::Slab && !waits
+        };
         let sections = self.parts.iter().enumerate().filter(|(s, _)| stays(*s));
         let parts = sections.flat_map(|(_, parts)| parts);
         let may = parts.filter(|p| p.home == Tier::Pinned).count() as u64;

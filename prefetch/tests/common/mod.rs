@@ -261,13 +261,25 @@ pub(crate) fn validate(
             before(summed, norm, "the norm lacks a section")?;
             for part in 0..placement.parts(section).len() as u32 {
                 let update = find(TaskKind::Update(section, part), step);
+                let kind = TaskKind::Update(section, part);
+                let spec = plan.tasks().iter().find(|task| task.kind == kind);
+                // Of a split master: from disk, or in a slab.
+                let old = spec.and_then(|spec| spec.param).map(|claim| claim.task);
+                let read = old.map(|id| times[&TaskRef { step, id }]);
+                before(read, update, "no old parameters")?;
+                let by_cpu = spec.is_some_and(|spec| spec.lane == Lane::Cpu);
+                if placement.options().split && by_cpu && old.is_none() {
+                    let slab = placement.param_slab(section);
+                    slab.then_some(()).ok_or("no slab of old parameters")?;
+                }
                 before(
                     out.or(summed),
                     update,
                     "updates before the gradient is there",
                 )?;
                 let stays = placement.grad_home(section) == GradHome::Slab
-                    && placement.parts(section)[part as usize].home == Tier::Pinned;
+                    && placement.parts(section)[part as usize].home == Tier::Pinned
+                    && old.is_none();
                 let early = before(norm, update, "updates before the norm");
                 if stays {
                     ahead += u64::from(early.is_err());
@@ -296,6 +308,10 @@ pub(crate) fn validate(
                     "reads states before they were written",
                 )?;
             }
+        }
+        let may = plan.tasks().iter().filter(|t| t.window == Window::Norm);
+        if plan.undo_buffers() > may.count() as u64 {
+            return Err("room to undo more than runs ahead".into());
         }
         if ahead > plan.undo_buffers() {
             return Err(format!("{ahead} updates ran before the norm"));

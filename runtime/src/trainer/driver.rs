@@ -249,6 +249,7 @@ impl Engine {
             .iter()
             .filter(|grad| grad.last)
         {
+            self.open.of_mut(task.step).any_whole = true;
             let section = &self.model.sections[grad.section.0 as usize];
             let Some(offset) = self.model.cast_offset(section) else {
                 continue;

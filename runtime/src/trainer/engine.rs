@@ -66,6 +66,8 @@ pub(super) struct OpenStep {
     pub(super) lr: f64,
     /// Once the trainer has asked: by what the gradient is multiplied.
     pub(super) loss_scale: Option<f64>,
+    /// Whether some of its gradients are whole: updates may have begun.
+    pub(super) any_whole: bool,
     /// Once the trainer has ended it: what becomes of its gradient.
     pub(super) ending: Option<Ending>,
     /// Once the norm is known: what the updates use.

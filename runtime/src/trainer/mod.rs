@@ -86,9 +86,14 @@ struct Meta {
     loss_scale: Option<ScaleState>,
     /// The user's text.
     user: String,
-    /// How the states came to be, and how they are kept; of AdamW's in f32 before there were others.
-    #[serde(default)]
-    states: Option<String>,
+    /// How the states came to be, and how they are kept.
+    #[serde(default = "first_states")]
+    states: String,
+}
+
+/// Those of generations from before there were others.
+fn first_states() -> String {
+    "adamw with fp32 moments and fp32 masters".to_owned()
 }
 
 impl Trainer {
@@ -129,7 +134,7 @@ impl Trainer {
             what: format!("its trainer's part cannot be read ({e}); start anew elsewhere"),
         })?;
         let (stored, ours) = (meta.states, states_of(options));
-        if let Some(stored) = stored.filter(|stored| *stored != ours) {
+        if stored != ours {
             return Err(Error::Generation {
                 generation: store.generation(),
                 path: store.path().to_owned(),
@@ -299,7 +304,7 @@ impl Trainer {
             applied,
             loss_scale: self.engine.scaler.state(),
             user: user.to_owned(),
-            states: Some(self.states.clone()),
+            states: self.states.clone(),
         };
         let text = serde_json::to_string(&meta).map_err(|e| Error::Misuse(e.to_string()))?;
         let published = self.engine.publish(&text);
@@ -351,9 +356,8 @@ impl Trainer {
 }
 
 /// The budgets that a placement can use for a model: what `resident` and `pinned` raise theirs to. Of pinned
-/// memory that is more than the least, by the room to undo updates that run ahead of the norm (4.2 bytes a
-/// parameter in pinned memory, and the gradient's where the device has the parameter): with [`Ahead::Never`] it
-/// is the least.
+/// memory that is more than the least, by the room to undo updates that run ahead of the norm ([`Ahead::Auto`]): with
+/// [`Ahead::Never`] it is the least.
 ///
 /// # Errors
 /// A model that makes no sense.
@@ -488,6 +492,9 @@ fn place(
         Some(chunk) => chunk.min(largest),
         None => chunk(elements().sum()).min(largest),
     };
+    if let Some(Err(what)) = options.rates.map(|rates| rates.check()) {
+        return Err(Error::Misuse(what));
+    }
     let (format, timing) = (options.format(), timing(options));
     if timing == Timing::Delayed && options.ahead == Ahead::Always {
         let what = "with delayed updates none runs ahead of the norm, which is known before them; leave Ahead at \
@@ -618,4 +625,15 @@ fn disk(
     let slabs = pools.iter().map(|pool| pool.buffers);
     store.slack = slabs.max().unwrap_or(1);
     (layout, store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_that_names_no_optimizer_is_of_the_first_one() {
+        let meta: Meta = serde_json::from_str(r#"{"steps":3,"applied":2,"user":""}"#).unwrap();
+        assert_eq!(meta.states, states_of(&Options::new([])));
+    }
 }

@@ -106,6 +106,11 @@ impl Engine {
         if let Some(known) = self.open.of(now).loss_scale {
             return Ok(known);
         }
+        if self.scaler.on() && self.open.of(now).any_whole {
+            let what = "the step asks for its loss scale when gradients are whole already: ask for it where the \
+                        loss is";
+            return Err(Error::Misuse(what.to_owned()));
+        }
         if self.scaler.follows_norms() && now > 0 {
             self.wait_until(|engine| engine.open.of(now - 1).scalars.is_some())?;
         }

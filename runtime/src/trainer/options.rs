@@ -34,8 +34,9 @@ pub enum Publish {
 /// back and updated anew. Results do not depend on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ahead {
-    /// Where pinned memory is left to log what is overwritten (4.2 bytes a parameter, and the gradient's where the
-    /// device has the parameter), as long as that pays.
+    /// Where pinned memory is left to log what is overwritten (4.2 bytes a parameter of AdamW with fp32 moments, else
+    /// its states'; and the gradient's where the device has the parameter and the master is not split), as long as
+    /// that pays. Never with LAMB, whose steps need the norms of whole tensors first.
     #[default]
     Auto,
     /// Where memory is left, in every step.

@@ -25,7 +25,8 @@ impl Ceilings {
     /// What the placement of a model weighs ([`Options::rates`]): these, AdamW on memory past the caches, and a matrix
     /// product for what a step computes by its footprint. Measured in a second or two, with 1.3 GiB of memory and 0.7 GiB
     /// of the GPU's, which are given back. None where there is nothing to choose by them: without a GPU, for
-    /// another placement than [`Policy::Auto`], or for a model of less than 64 Mi parameters.
+    /// another placement than [`Policy::Auto`], or for a model of less than 64 Mi parameters; and where one of them
+    /// is no rate.
     ///
     /// # Errors
     /// Memory, threads or the device refused.
@@ -39,10 +40,10 @@ impl Ceilings {
             return Ok(None);
         }
         let rates = adam::rates(options.threads, ELEMENTS)?;
-        // Measured in bf16, bound by memory.
+        // Measured in bf16, bound by memory: states, gradient and parameter pass once.
         let bytes = options.update_bytes(model.dtype);
         let [cpu, cpu_ahead] = rates.map(|rate| rate * adam::BYTES as f64 / bytes as f64);
-        Ok(Some(PlaceRates {
+        let rates = PlaceRates {
             cpu,
             cpu_ahead,
             h2d: self.h2d,
@@ -53,7 +54,9 @@ impl Ceilings {
             device_update: f64::INFINITY,
             compute_s: ALL_COMPUTE * footprint.flops as f64
                 / kernels::product_rate(model.dtype, PRODUCT)?,
-        }))
+        };
+        // A full disk has none.
+        Ok(Some(rates).filter(|rates| rates.check().is_ok()))
     }
 }
 

@@ -283,7 +283,8 @@ impl<'t> Step<'t> {
     /// Where the scale depends on the norm of the step before, that is waited for: ask late, where the loss is.
     ///
     /// # Errors
-    /// Whatever failed in the step before.
+    /// [`Error::Misuse`] where the step has a scale and first asks for it once a gradient is whole; whatever failed in
+    /// the step before.
     pub fn loss_scale(&self) -> Result<f32> {
         // Exact: see `LossScale` for its range.
         Ok(self.core.borrow_mut().driver.loss_scale()? as f32)
