@@ -341,7 +341,7 @@ fn what_makes_no_sense_together_is_refused_before_anything_is_made() {
         let right = [
             !case.split_master || case.dtype == DType::Bf16 && !delayed,
             !adagrad || case.moments == Moment::F32,
-            !delayed || setting.ahead != Ahead::Always,
+            !(delayed || whole) || setting.ahead != Ahead::Always,
             !whole || setting.chunk.is_none() && setting.partitions == 1,
             case.loss_scale != LossScale::Fixed(1000.0),
             setting.rates.is_none_or(|rates| rates.h2d > 0.0),

@@ -51,11 +51,16 @@ fn run(name: &str, kept: Kept, change: impl Fn(&mut Options)) -> Vec<u32> {
 
 fn all_placements(name: &str, kept: Kept) -> Vec<u32> {
     let reference = run(name, kept, |o| o.placement = Policy::Resident);
+    // LAMB cannot.
+    let always = match name {
+        "lamb" => Ahead::Auto,
+        _ => Ahead::Always,
+    };
     for placement in POLICIES {
         for (lookahead, clip, ahead) in [
-            (2, Some(1e9), Ahead::Always),
+            (2, Some(1e9), always),
             (0, Some(1e9), Ahead::Never),
-            (1, None, Ahead::Always),
+            (1, None, always),
         ] {
             let got = run(name, kept, |o| {
                 (o.placement, o.lookahead) = (placement, lookahead);
@@ -75,7 +80,7 @@ fn all_placements(name: &str, kept: Kept) -> Vec<u32> {
     };
     let waited = clipped(Policy::Resident, Ahead::Never);
     for placement in POLICIES {
-        let got = clipped(placement, Ahead::Always);
+        let got = clipped(placement, always);
         assert_eq!(got, waited, "{name} {kept:?} {placement:?}, undone");
     }
     reference
@@ -183,6 +188,10 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
         (o.split_master, o.updates) = (true, Updates::Delayed);
     });
     assert!(what.contains("one or the other"), "{what}");
+    let what = refused(|o| {
+        (o.optimizer, o.ahead) = ("lamb".parse().unwrap(), Ahead::Always);
+    });
+    assert!(what.contains("auto"), "{what}");
     let what = refused(|o| o.optimizer = "lamb".parse().unwrap());
     assert!(what.contains("optimizer_chunk"), "{what}");
     let what = refused(|o| {

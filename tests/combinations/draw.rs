@@ -229,8 +229,10 @@ impl Setting {
             _ => r.random_range(0..17),
         };
         let aheads = match case.updates {
-            Updates::Exact => &[Ahead::Auto, Ahead::Always, Ahead::Never][..],
-            Updates::Delayed => &[Ahead::Auto, Ahead::Never],
+            Updates::Exact if !case.optimizer.whole_tensors() => {
+                &[Ahead::Auto, Ahead::Always, Ahead::Never][..]
+            }
+            Updates::Exact | Updates::Delayed => &[Ahead::Auto, Ahead::Never],
         };
         let has = |event| case.events.contains(&event);
         let publishes = [Publish::Often, Publish::End, Publish::Never];

@@ -173,7 +173,7 @@ impl Trial<'_> {
             match self.element {
                 Element::F32 => 3e-6,
                 Element::Bf16 => 4e-3,
-                Element::F16 => 5e-4,
+                Element::F16 => 1e-3,
             },
         );
     }
@@ -187,8 +187,11 @@ impl Trial<'_> {
         }
         let error = (off / size.max(1e-30)).sqrt();
         println!("{what} {:?}: {error:.1e}", self.element);
+        // Next to nothing f16 has steps of 2^-24, whatever is beside them.
+        let steps = (got.len() as f64).sqrt() * 2f64.powi(-24);
+        let next_to_nothing = self.element == Element::F16 && off.sqrt() <= steps;
         assert!(
-            error <= limit,
+            error <= limit || next_to_nothing,
             "{what} {:?}: {error:e} > {limit:e}",
             self.element
         );

@@ -293,7 +293,7 @@ fn the_classifier_agrees() {
                 match t.element {
                     Element::F32 => 1e-5,
                     Element::Bf16 => 4e-3,
-                    Element::F16 => 5e-4,
+                    Element::F16 => 1e-3,
                 },
             );
         }

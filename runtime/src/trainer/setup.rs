@@ -78,6 +78,13 @@ pub(super) fn check_optimizer(model: &Model, options: &Options) -> Result<()> {
                     use one or the other";
         return misuse(what.to_owned());
     }
+    if options.ahead == Ahead::Always && options.optimizer.log_bytes(options.format(), 1).is_none()
+    {
+        let name = options.optimizer.name();
+        return misuse(format!(
+            "{name} cannot update ahead of the norm, for its steps need those of whole tensors; leave Ahead at auto"
+        ));
+    }
     if options.optimizer.whole_tensors()
         && (options.optimizer_chunk.is_some() || options.partitions > 1)
     {

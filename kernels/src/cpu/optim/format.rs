@@ -176,6 +176,17 @@ pub(super) enum MomentOf<'a> {
     Bf16(&'a mut [bf16]),
 }
 
+impl MomentOf<'_> {
+    #[inline(always)]
+    fn part(&mut self, at: Range<usize>) -> MomentOf<'_> {
+        match self {
+            Self::None => MomentOf::None,
+            Self::F32(it) => MomentOf::F32(&mut it[at]),
+            Self::Bf16(it) => MomentOf::Bf16(&mut it[at]),
+        }
+    }
+}
+
 /// The states of a run of elements, as a [`StateFormat`] keeps them.
 #[derive(Debug)]
 pub struct Stored<'a> {
@@ -195,16 +206,25 @@ impl<'a> From<States<'a>> for Stored<'a> {
 impl<'a> Stored<'a> {
     /// The same states, for a shorter time.
     pub fn reborrow(&mut self) -> Stored<'_> {
-        let master = match &mut self.master {
-            MasterOf::F32(it) => MasterOf::F32(it),
-            MasterOf::Rest(it) => MasterOf::Rest(it),
+        let len = match &self.master {
+            MasterOf::F32(it) => it.len(),
+            MasterOf::Rest(it) => it.len(),
         };
-        let moments = self.moments.each_mut().map(|moment| match moment {
-            MomentOf::None => MomentOf::None,
-            MomentOf::F32(it) => MomentOf::F32(it),
-            MomentOf::Bf16(it) => MomentOf::Bf16(it),
-        });
-        Stored { master, moments }
+        self.part(0..len)
+    }
+
+    /// Those of some of the elements, for a shorter time.
+    #[inline(always)]
+    pub(super) fn part(&mut self, at: Range<usize>) -> Stored<'_> {
+        let master = match &mut self.master {
+            MasterOf::F32(it) => MasterOf::F32(&mut it[at.clone()]),
+            MasterOf::Rest(it) => MasterOf::Rest(&mut it[at.clone()]),
+        };
+        let [m, v] = &mut self.moments;
+        Stored {
+            master,
+            moments: [m.part(at.clone()), v.part(at)],
+        }
     }
 
     /// As f32 and two f32 moments, if that is what they are.

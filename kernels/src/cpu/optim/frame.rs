@@ -1,4 +1,6 @@
-//! The frame: states, whatever they are kept in, pass through a worker's nearest caches as f32, a unit at a time.
+//! The frame: states, whatever they are kept in, pass through a worker's nearest caches as f32, a block at a time.
+//! Blocks are short, so that memory is read as a loop over single elements reads it: in as many streams as there are
+//! arrays, none of which rests for long.
 //!
 //! An update that may have to be undone copies what it overwrites aside as it is stored.
 
@@ -16,8 +18,10 @@ use crate::cpu::isa::Isa;
 use crate::cpu::shared::Shared;
 use crate::cpu::workers::Workers;
 
-/// Elements that pass through together.
+/// Elements whose log stands together.
 pub(super) const UNIT: usize = 1024;
+/// Elements that pass through together.
+const BLOCK: usize = 128;
 
 /// Bytes of the log of an update of so many elements: of each unit a line that says whether it was updated, and its
 /// states; of a split master the parameters too.
@@ -31,24 +35,13 @@ fn unit_log(element_bytes: usize) -> usize {
     LINE + (UNIT * element_bytes).next_multiple_of(LINE)
 }
 
-/// A unit in f32.
+/// A block in f32.
 #[repr(align(64))]
-pub(super) struct Room {
-    pub(super) g: [f32; UNIT],
-    pub(super) p: [f32; UNIT],
-    pub(super) m: [f32; UNIT],
-    pub(super) v: [f32; UNIT],
-}
-
-impl Room {
-    pub(super) fn new() -> Self {
-        Self {
-            g: [0.0; UNIT],
-            p: [0.0; UNIT],
-            m: [0.0; UNIT],
-            v: [0.0; UNIT],
-        }
-    }
+struct Room {
+    g: [f32; BLOCK],
+    p: [f32; BLOCK],
+    m: [f32; BLOCK],
+    v: [f32; BLOCK],
 }
 
 enum Masters<'a> {
@@ -123,27 +116,15 @@ impl<'a> All<'a> {
         }
     }
 
-    /// Takes a unit through `work`, on the instruction set.
+    /// Takes some elements through `work`, on the instruction set.
     ///
     /// # Safety
-    /// Its elements are in no other piece alive, and this machine runs `isa`.
-    pub(super) unsafe fn unit(
-        &self,
-        isa: Isa,
-        range: Range<usize>,
-        work: Work<'_>,
-        room: &mut Room,
-    ) {
+    /// They are in no other piece alive, and this machine runs `isa`.
+    pub(super) unsafe fn work(&self, isa: Isa, range: Range<usize>, work: Work<'_>) {
         // SAFETY: by the contract above.
         unsafe {
             let stored = self.piece(range.clone());
-            let through = Through {
-                isa,
-                work,
-                stored,
-                room,
-            };
-            self.sides.visit(range, through);
+            self.sides.visit(range, Through { isa, work, stored });
         }
     }
 
@@ -160,7 +141,7 @@ impl<'a> All<'a> {
     }
 }
 
-/// What is done to a unit while it is in the nearest caches.
+/// What is done to a block while it is in the nearest caches.
 #[derive(Clone, Copy)]
 pub(super) enum Work<'w> {
     /// The whole update.
@@ -178,12 +159,11 @@ pub(super) struct Lanes {
     pub(super) u: [std::cell::Cell<f64>; 16],
 }
 
-/// A unit on its way through.
+/// Elements on their way through.
 struct Through<'t> {
     isa: Isa,
     work: Work<'t>,
     stored: Stored<'t>,
-    room: &'t mut Room,
 }
 
 impl VisitSides for Through<'_> {
@@ -191,23 +171,17 @@ impl VisitSides for Through<'_> {
 
     unsafe fn apart<G: Value, P: Value>(self, grad: &[G], param: &mut [P]) {
         // SAFETY: the machine runs it.
-        unsafe {
-            widen_on(self.isa, grad, &mut self.room.g);
-            pass_on(self.isa, self.work, self.stored, param, self.room);
-        }
+        unsafe { blocks_on(self.isa, self.work, self.stored, Some(grad), param) };
     }
 
     unsafe fn in_place<T: Value>(self, both: &mut [T]) {
         // SAFETY: the machine runs it.
-        unsafe {
-            widen_on(self.isa, both, &mut self.room.g);
-            pass_on(self.isa, self.work, self.stored, both, self.room);
-        }
+        unsafe { blocks_on::<T, T>(self.isa, self.work, self.stored, None, both) };
     }
 }
 
 #[inline(always)]
-fn widen<G: Value>(from: &[G], to: &mut [f32; UNIT]) {
+fn widen<G: Value>(from: &[G], to: &mut [f32; BLOCK]) {
     for (to, from) in to.iter_mut().zip(from) {
         *to = from.get();
     }
@@ -219,17 +193,53 @@ pub(super) fn halves<P: Value>(param: &mut [P]) -> &mut [u16] {
     bytemuck::cast_slice_mut(param)
 }
 
+/// Takes elements through a block at a time; without `grad` the gradient is what the parameter replaces.
 #[inline(always)]
-fn pass<P: Value>(work: Work<'_>, stored: Stored<'_>, param: &mut [P], room: &mut Room) {
-    let n = param.len();
+fn blocks<G: Value, P: Value>(
+    work: Work<'_>,
+    mut stored: Stored<'_>,
+    grad: Option<&[G]>,
+    param: &mut [P],
+) {
+    let mut room = Room {
+        g: [0.0; BLOCK],
+        p: [0.0; BLOCK],
+        m: [0.0; BLOCK],
+        v: [0.0; BLOCK],
+    };
+    for start in (0..param.len()).step_by(BLOCK) {
+        let at = start..(start + BLOCK).min(param.len());
+        let param = &mut param[at.clone()];
+        match grad {
+            Some(grad) => widen(&grad[at.clone()][..param.len()], &mut room.g),
+            None => widen(param, &mut room.g),
+        }
+        match param.len() {
+            BLOCK => pass::<P, true>(work, stored.part(at), param, &mut room),
+            _ => pass::<P, false>(work, stored.part(at), param, &mut room),
+        }
+    }
+}
+
+#[inline(always)]
+fn pass<P: Value, const WHOLE: bool>(
+    work: Work<'_>,
+    stored: Stored<'_>,
+    param: &mut [P],
+    room: &mut Room,
+) {
+    // Of whole blocks the compiler knows the length.
+    let n = if WHOLE { BLOCK } else { param.len() };
+    let param = &mut param[..n];
     let Stored {
         mut master,
         mut moments,
     } = stored;
     match &master {
-        MasterOf::F32(from) => room.p[..n].copy_from_slice(from),
+        MasterOf::F32(from) => room.p[..n].copy_from_slice(&from[..n]),
         MasterOf::Rest(rest) => {
-            for ((to, rest), param) in room.p.iter_mut().zip(rest.iter()).zip(&*halves(param)) {
+            let (rest, param) = (&rest[..n], &halves(param)[..n]);
+            for ((to, rest), param) in room.p[..n].iter_mut().zip(rest).zip(param) {
                 *to = join(*param, *rest);
             }
         }
@@ -237,8 +247,8 @@ fn pass<P: Value>(work: Work<'_>, stored: Stored<'_>, param: &mut [P], room: &mu
     for (moment, to) in moments.iter().zip([&mut room.m, &mut room.v]) {
         match moment {
             MomentOf::None => to[..n].fill(0.0),
-            MomentOf::F32(from) => to[..n].copy_from_slice(from),
-            MomentOf::Bf16(from) => widen(from, to),
+            MomentOf::F32(from) => to[..n].copy_from_slice(&from[..n]),
+            MomentOf::Bf16(from) => widen(&from[..n], to),
         }
     }
     match work {
@@ -264,9 +274,9 @@ fn pass<P: Value>(work: Work<'_>, stored: Stored<'_>, param: &mut [P], room: &mu
         for (moment, from) in moments.iter_mut().zip([&mut room.m, &mut room.v]) {
             match moment {
                 MomentOf::None => {}
-                MomentOf::F32(to) => to.copy_from_slice(&from[..n]),
+                MomentOf::F32(to) => to[..n].copy_from_slice(&from[..n]),
                 MomentOf::Bf16(to) => {
-                    for (to, from) in to.iter_mut().zip(from) {
+                    for (to, from) in to[..n].iter_mut().zip(from) {
                         *to = bf16::put(*from);
                         // As it is stored, for who goes on with it.
                         *from = to.get();
@@ -280,13 +290,14 @@ fn pass<P: Value>(work: Work<'_>, stored: Stored<'_>, param: &mut [P], room: &mu
     }
     match &mut master {
         MasterOf::F32(to) => {
+            let to = &mut to[..n];
             for i in 0..n {
                 to[i] = room.p[i];
                 param[i] = P::put(room.p[i]);
             }
         }
         MasterOf::Rest(to) => {
-            let param = &mut halves(param)[..n];
+            let (param, to) = (&mut halves(param)[..n], &mut to[..n]);
             for i in 0..n {
                 (param[i], to[i]) = split(room.p[i]);
             }
@@ -303,7 +314,7 @@ fn each<R: Rule>(rule: &R, n: usize, room: &mut Room) {
     }
 }
 
-/// Adds a unit's squares to their lanes: units begin at multiples of 16.
+/// Adds a block's squares to their lanes: blocks begin at multiples of 16.
 #[inline(always)]
 fn sums(s: &super::LambScalars, lanes: &Lanes, n: usize, room: &mut Room) {
     for i in 0..n {
@@ -328,18 +339,13 @@ macro_rules! path {
             use super::*;
 
             #[target_feature(enable = $features)]
-            pub(super) fn widen<G: Value>(from: &[G], to: &mut [f32; UNIT]) {
-                super::widen(from, to);
-            }
-
-            #[target_feature(enable = $features)]
-            pub(super) fn pass<P: Value>(
+            pub(super) fn blocks<G: Value, P: Value>(
                 work: Work<'_>,
                 stored: Stored<'_>,
+                grad: Option<&[G]>,
                 param: &mut [P],
-                room: &mut Room,
             ) {
-                super::pass(work, stored, param, room);
+                super::blocks(work, stored, grad, param);
             }
         }
     };
@@ -350,61 +356,42 @@ path!(avx512, "avx2,fma,avx512f");
 
 /// # Safety
 /// This machine runs `isa`.
-unsafe fn widen_on<G: Value>(isa: Isa, from: &[G], to: &mut [f32; UNIT]) {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: by the contract above.
-        Isa::Avx2 => unsafe { avx2::widen(from, to) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: by the contract above.
-        Isa::Avx512 => unsafe { avx512::widen(from, to) },
-        _ => widen(from, to),
-    }
-}
-
-/// # Safety
-/// This machine runs `isa`.
-unsafe fn pass_on<P: Value>(
+unsafe fn blocks_on<G: Value, P: Value>(
     isa: Isa,
     work: Work<'_>,
     stored: Stored<'_>,
+    grad: Option<&[G]>,
     param: &mut [P],
-    room: &mut Room,
 ) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
-        Isa::Avx2 => unsafe { avx2::pass(work, stored, param, room) },
+        Isa::Avx2 => unsafe { avx2::blocks(work, stored, grad, param) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: by the contract above.
-        Isa::Avx512 => unsafe { avx512::pass(work, stored, param, room) },
-        _ => pass(work, stored, param, room),
+        Isa::Avx512 => unsafe { avx512::blocks(work, stored, grad, param) },
+        _ => blocks(work, stored, grad, param),
     }
 }
 
-/// Calls `f` with the bounds of every unit, on all workers.
-fn units(workers: &Workers, len: usize, f: &(dyn Fn(Range<usize>, &mut Room) + Sync)) {
+/// Calls `f` with the bounds of every chunk, on all workers.
+fn chunks(workers: &Workers, len: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
     workers.run(len.div_ceil(CHUNK), &|chunk, _| {
-        let end = ((chunk + 1) * CHUNK).min(len);
-        let mut room = Room::new();
-        for start in (chunk * CHUNK..end).step_by(UNIT) {
-            f(start..(start + UNIT).min(end), &mut room);
-        }
-        past_caches::fence();
+        f(chunk * CHUNK..((chunk + 1) * CHUNK).min(len));
     });
 }
 
 pub(super) fn update(workers: &Workers, isa: Isa, scalars: &Scalars, all: &All<'_>) {
-    units(workers, all.len, &|range, room| {
-        // SAFETY: units do not overlap, and the machine runs it (checked by the caller).
-        unsafe { all.unit(isa, range, Work::Update(scalars), room) };
+    chunks(workers, all.len, &|range| {
+        // SAFETY: chunks do not overlap, and the machine runs it (checked by the caller).
+        unsafe { all.work(isa, range, Work::Update(scalars)) };
     });
 }
 
 /// Updates, and logs what that overwrites.
 pub(super) fn ahead(workers: &Workers, isa: Isa, scalars: &Scalars, all: &All<'_>, kept: Kept<'_>) {
     assert!(isa.runs_here(), "this machine cannot run {isa:?}");
-    logged(workers, all, kept, &|range, log, grad, room| {
+    logged(workers, all, kept, &|range, log, grad| {
         // SAFETY: units do not overlap, and the machine runs it (checked).
         unsafe {
             let keep = Overwritten {
@@ -414,14 +401,14 @@ pub(super) fn ahead(workers: &Workers, isa: Isa, scalars: &Scalars, all: &All<'_
                 back: false,
             };
             all.sides.visit(range.clone(), keep);
-            all.unit(isa, range, Work::Update(scalars), room);
+            all.work(isa, range, Work::Update(scalars));
         }
     });
 }
 
 /// Takes that back.
 pub(super) fn undo(workers: &Workers, all: &All<'_>, kept: Kept<'_>) {
-    logged(workers, all, kept, &|range, log, grad, _| {
+    logged(workers, all, kept, &|range, log, grad| {
         // SAFETY: units do not overlap.
         unsafe {
             let back = Overwritten {
@@ -436,7 +423,7 @@ pub(super) fn undo(workers: &Workers, all: &All<'_>, kept: Kept<'_>) {
 }
 
 /// Is given a unit's bounds, its log and room for its gradient.
-type LoggedUnit<'f> = dyn Fn(Range<usize>, &mut [u8], &mut [u8], &mut Room) + Sync + 'f;
+type LoggedUnit<'f> = dyn Fn(Range<usize>, &mut [u8], &mut [u8]) + Sync + 'f;
 
 /// Calls `f` with every unit.
 fn logged(workers: &Workers, all: &All<'_>, kept: Kept<'_>, f: &LoggedUnit<'_>) {
@@ -448,16 +435,19 @@ fn logged(workers: &Workers, all: &All<'_>, kept: Kept<'_>, f: &LoggedUnit<'_>) 
         "room for exactly what is overwritten"
     );
     let (log, grad) = (Shared::new(kept.log), Shared::new(kept.grad));
-    units(workers, all.len, &|range, room| {
-        let index = range.start / UNIT;
-        // SAFETY: units do not overlap, nor do their logs.
-        let (log, grad) = unsafe {
-            (
-                log.piece(index * unit_log..(index + 1) * unit_log),
-                grad.piece(range.start * bytes..range.end * bytes),
-            )
-        };
-        f(range, log, grad, room);
+    chunks(workers, all.len, &|chunk| {
+        for start in chunk.clone().step_by(UNIT) {
+            let (end, index) = ((start + UNIT).min(chunk.end), start / UNIT);
+            // SAFETY: units do not overlap, nor do their logs.
+            let (log, grad) = unsafe {
+                (
+                    log.piece(index * unit_log..(index + 1) * unit_log),
+                    grad.piece(start * bytes..end * bytes),
+                )
+            };
+            f(start..end, log, grad);
+        }
+        past_caches::fence();
     });
 }
 

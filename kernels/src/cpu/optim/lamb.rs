@@ -2,8 +2,10 @@
 //!
 //! The norms are sums in the order of [`square_sum`](crate::cpu::square_sum), so that the device has their bits.
 
+use std::ops::Range;
+
 use super::LambScalars;
-use super::frame::{All, Lanes, Room, UNIT, Work};
+use super::frame::{All, Lanes, Work};
 use crate::cpu::isa::Isa;
 use crate::cpu::norm::{PIECES, STRANDS, strand_of};
 use crate::cpu::shared::Shared;
@@ -14,14 +16,12 @@ pub(super) fn update(workers: &Workers, isa: Isa, scalars: &LambScalars, all: &A
     let mut sums = [[0.0; 2]; PIECES];
     let shared = Shared::new(&mut sums);
     workers.run(PIECES, &|piece, _| {
-        let mut room = Room::new();
         let mut own = [0.0; 2];
         for at in piece * STRANDS..(piece + 1) * STRANDS {
             let lanes = Lanes::default();
-            each_unit(all.len, strand, at, &mut |range| {
-                // SAFETY: strands do not overlap, and the machine runs it (checked by the caller).
-                unsafe { all.unit(isa, range, Work::Moments(scalars, &lanes), &mut room) };
-            });
+            let range = strand_at(all.len, strand, at);
+            // SAFETY: strands do not overlap, and the machine runs it (checked by the caller).
+            unsafe { all.work(isa, range, Work::Moments(scalars, &lanes)) };
             let sum =
                 |lanes: &[std::cell::Cell<f64>; 16]| lanes.iter().map(|x| x.get()).sum::<f64>();
             own[0] += sum(&lanes.p);
@@ -34,12 +34,10 @@ pub(super) fn update(workers: &Workers, isa: Isa, scalars: &LambScalars, all: &A
     let norm = |which: usize| sums.iter().map(|piece| piece[which]).sum::<f64>().sqrt();
     let factor = factor(scalars.minus_lr, norm(0), norm(1));
     workers.run(PIECES, &|piece, _| {
-        let mut room = Room::new();
         for at in piece * STRANDS..(piece + 1) * STRANDS {
-            each_unit(all.len, strand, at, &mut |range| {
-                // SAFETY: as above.
-                unsafe { all.unit(isa, range, Work::Move(scalars, factor), &mut room) };
-            });
+            let range = strand_at(all.len, strand, at);
+            // SAFETY: as above.
+            unsafe { all.work(isa, range, Work::Move(scalars, factor)) };
         }
     });
 }
@@ -54,10 +52,7 @@ fn factor(minus_lr: f32, master: f64, direction: f64) -> f32 {
     (f64::from(minus_lr) * ratio) as f32
 }
 
-/// The units of a strand, in order.
-fn each_unit(len: usize, strand: usize, at: usize, f: &mut dyn FnMut(std::ops::Range<usize>)) {
-    let end = ((at + 1) * strand).min(len);
-    for start in ((at * strand).min(len)..end).step_by(UNIT) {
-        f(start..(start + UNIT).min(end));
-    }
+/// The elements of a strand.
+fn strand_at(len: usize, strand: usize, at: usize) -> Range<usize> {
+    (at * strand).min(len)..((at + 1) * strand).min(len)
 }

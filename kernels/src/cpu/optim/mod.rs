@@ -272,7 +272,7 @@ pub fn update_ahead(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) -> usize {
-    match Logged::of(scalars, stored, exchange) {
+    match Logged::of(isa, scalars, stored, exchange) {
         Logged::Plain(adam, states, exchange) => {
             adam::adamw_ahead(workers, isa, &adam, states, exchange, kept)
         }
@@ -296,7 +296,7 @@ pub fn update_rest(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    match Logged::of(scalars, stored, exchange) {
+    match Logged::of(isa, scalars, stored, exchange) {
         Logged::Plain(adam, states, exchange) => {
             adam::adamw_rest(workers, isa, &adam, states, exchange, kept);
         }
@@ -319,7 +319,7 @@ pub fn update_undo(
     exchange: Exchange<'_>,
     kept: Kept<'_>,
 ) {
-    match Logged::of(scalars, stored, exchange) {
+    match Logged::of(isa, scalars, stored, exchange) {
         Logged::Plain(adam, states, exchange) => {
             adam::adamw_undo(workers, isa, &adam, states, exchange, kept);
         }
@@ -339,7 +339,7 @@ enum Logged<'a> {
 }
 
 impl<'a> Logged<'a> {
-    fn of(scalars: &Scalars, stored: Stored<'a>, exchange: Exchange<'a>) -> Self {
+    fn of(isa: Isa, scalars: &Scalars, stored: Stored<'a>, exchange: Exchange<'a>) -> Self {
         let Scalars::AdamW(adam) = scalars else {
             return Self::Aside(All::new(stored, exchange));
         };
@@ -347,7 +347,7 @@ impl<'a> Logged<'a> {
             Ok(states) => return Self::Plain(*adam, states, exchange),
             Err(stored) => stored,
         };
-        match Halves::new(stored, exchange) {
+        match Halves::new(stored, exchange, isa) {
             Ok(all) => Self::Split(*adam, all),
             Err((stored, exchange)) => Self::Aside(All::new(stored, exchange)),
         }
