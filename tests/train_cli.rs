@@ -381,3 +381,22 @@ impl Drop for Mount {
         eprintln!("{} stays mounted", self.0.display());
     }
 }
+
+#[test]
+fn it_trains_with_any_optimizer_says_which_and_goes_on_with_it() {
+    let place = Place::new();
+    let summary = |output: &std::process::Output| {
+        let text = String::from_utf8_lossy(&output.stdout);
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        last["summary"]["optimizer"].as_str().unwrap().to_owned()
+    };
+    let flags = ["--json", "--dtype", "bf16", "--optimizer", "lion"];
+    let flags = [&flags[..], &["--moments", "bf16", "--split-master"]].concat();
+    let first = place.run(&[&flags[..], &["--stop-after", "2"]].concat());
+    assert_eq!(summary(&first), "lion with bf16 moments and split masters");
+    let rest = place.bare(&["--json", "--resume", "--stop-after", "1"]);
+    assert_eq!(summary(&rest), summary(&first));
+    place.refused(&["--resume", "--optimizer", "sgd"], &["lion", "sgd"]);
+    place.refused(&["--optimizer", "adam"], &["adamw, sgd, lion"]);
+    place.refused(&["--optimizer", "adagrad", "--moments", "bf16"], &["fp32"]);
+}

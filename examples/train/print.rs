@@ -108,6 +108,7 @@ impl Printer {
             options.placement,
             options.lookahead
         );
+        println!("optimizer: {}", report.states);
         if report.updates != Updates::Exact {
             println!("updates: {}", report.updates);
         }
@@ -221,6 +222,7 @@ impl Printer {
                 "unigram_entropy": s.unigram,
                 "held_out_loss": s.held_out,
                 "skipped_steps": s.skipped,
+                "optimizer": s.report.states,
                 "updates": s.report.updates.to_string(),
                 "loss_scale": s.loss_scale,
                 "ahead_steps": s.report.ahead.steps,

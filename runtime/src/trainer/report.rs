@@ -184,6 +184,8 @@ pub struct Report {
     pub disk: String,
     /// Whether pinned memory is page-locked, and what to do if not.
     pub lock: String,
+    /// The optimizer, and how its states are kept.
+    pub states: String,
     /// The CPU optimizer's threads, and whether they are bound to CPUs.
     pub threads: String,
     /// Device, pinned memory, disk.
@@ -251,6 +253,7 @@ pub(super) fn report(trainer: &Trainer) -> Report {
         device: engine.device.name(),
         disk: engine.store.describe().to_owned(),
         lock: trainer.lock.to_string(),
+        states: trainer.states.clone(),
         threads: {
             let updater = &engine.updater;
             let (threads, binding) = (updater.workers.threads(), &updater.binding);

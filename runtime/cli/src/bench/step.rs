@@ -325,11 +325,12 @@ impl Step {
     fn table(&self, found: &Found) {
         let (ours, tokens) = (&found.ours, found.tokens as f64);
         println!(
-            "{}; {:.2} M parameters, {} tokens a step; clips {}; updates {}",
+            "{}; {:.2} M parameters, {} tokens a step; clips {}; {}; updates {}",
             ours.report.device,
             found.parameters as f64 / 1e6,
             found.tokens,
             self.clips,
+            ours.report.states,
             ours.report.updates
         );
         let line = |what: &str, seconds: f64, more: String| {
@@ -438,6 +439,7 @@ fn object(found: &Found) -> serde_json::Value {
     };
     let (bound_s, bound_by) = found.bound();
     json!({
+        "optimizer": found.ours.report.states,
         "updates": found.ours.report.updates.to_string(),
         "device": found.ours.report.device,
         "threads": found.ours.report.threads,
