@@ -112,7 +112,8 @@ impl StateFormat {
         Stored { master, moments }
     }
 
-    /// Fills the memory of a part with masters and moments of zero; of a split master `params` are the parameters.
+    /// Fills the memory of a part with masters (of split ones, with what their parameters are short of them) and moments
+    /// of zero.
     ///
     /// # Panics
     /// As [`StateFormat::view`].

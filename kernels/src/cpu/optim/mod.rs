@@ -172,8 +172,8 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Bytes of the log of an update of so many elements that may have to be undone, and what kind it is; `None` if
-    /// updates cannot run ahead of the norm.
+    /// Bytes of the log of an update of so many elements that may have to be undone; `None` if updates cannot run ahead
+    /// of the norm.
     pub fn log_bytes(&self, format: StateFormat, elements: usize) -> Option<usize> {
         match self {
             // Its first pass needs what its second one writes.
