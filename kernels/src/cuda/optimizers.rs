@@ -69,7 +69,7 @@ pub(super) use of_types;
 /// that is nobody else's until this has run.
 ///
 /// # Safety
-/// See [`add`].
+/// See [`add`](super::ops::add).
 pub unsafe fn update(
     q: Queue<'_>,
     scalars: &Scalars,
