@@ -226,9 +226,6 @@ impl Engine {
         }
         let mut under_way = Vec::new();
         for (section, index, part) in parts {
-            while !self.store.can_start() {
-                self.collect_one(&mut under_way)?;
-            }
             let place = if part.home == Tier::Device {
                 let from = Span {
                     address: self.places.states(section, index),
@@ -239,9 +236,7 @@ impl Engine {
                 SlabPlace::Optim(section, index)
             };
             let name = key(section, StateKind::Optim, index);
-            let slab = self.places.take_slab(place);
-            self.store.write_with(name, slab, Priority::Checkpoint)?;
-            under_way.push((name, place));
+            self.write_out(name, place, &mut under_way)?;
         }
         if self.split() {
             self.publish_params(&mut under_way)?;
@@ -261,9 +256,6 @@ impl Engine {
             if self.placement.param_home(section) == Tier::Disk {
                 continue;
             }
-            while !self.store.can_start() {
-                self.collect_one(under_way)?;
-            }
             let place = if self.placement.param_slab(section) {
                 SlabPlace::Param(section)
             } else {
@@ -274,10 +266,24 @@ impl Engine {
                 self.bring_back(self.placement.param_stage_pool(section), from, under_way)?
             };
             let name = key(section, StateKind::Param, 0);
-            let slab = self.places.take_slab(place);
-            self.store.write_with(name, slab, Priority::Checkpoint)?;
-            under_way.push((name, place));
+            self.write_out(name, place, under_way)?;
         }
+        Ok(())
+    }
+
+    /// Writes a state of a generation, once the store can begin another.
+    fn write_out(
+        &mut self,
+        name: Key,
+        place: SlabPlace,
+        under_way: &mut Vec<(Key, SlabPlace)>,
+    ) -> Result<()> {
+        while !self.store.can_start() {
+            self.collect_one(under_way)?;
+        }
+        let slab = self.places.take_slab(place);
+        self.store.write_with(name, slab, Priority::Checkpoint)?;
+        under_way.push((name, place));
         Ok(())
     }
 
