@@ -397,6 +397,7 @@ fn it_trains_with_any_optimizer_says_which_and_goes_on_with_it() {
     let rest = place.bare(&["--json", "--resume", "--stop-after", "1"]);
     assert_eq!(summary(&rest), summary(&first));
     place.refused(&["--resume", "--optimizer", "sgd"], &["lion", "sgd"]);
+    place.refused(&["--split-master", "--dtype", "fp32"], &["bf16"]);
     place.refused(&["--optimizer", "adam"], &["adamw, sgd, lion"]);
     place.refused(&["--optimizer", "adagrad", "--moments", "bf16"], &["fp32"]);
 }

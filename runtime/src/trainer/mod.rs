@@ -155,7 +155,7 @@ impl Trainer {
     fn open(model: Model, footprint: Footprint, options: &Options, resume: bool) -> Result<Self> {
         let target = options.target()?;
         model.validate()?;
-        check_optimizer(&model, options)?;
+        check_optimizer(model.dtype, options)?;
         let scaler = Scaler::new(options.loss_scale, model.dtype)?;
         let order_model = model.order();
         let budgets = budgets(options)?;

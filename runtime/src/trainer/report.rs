@@ -8,6 +8,7 @@ use forebay_pinned::Arena;
 use forebay_prefetch::{Bound, Lane, Rates, Traffic, bound};
 
 use super::rates::DeviceKeeps;
+use super::setup::check_optimizer;
 use super::{Options, Trainer, Updates};
 use crate::bench::pcie;
 use crate::error::{Error, Result};
@@ -34,8 +35,9 @@ impl Ceilings {
     /// with up to 64 MiB of each disk and 80 MiB of memory (64 MiB of the GPU's) that are given back.
     ///
     /// # Errors
-    /// A disk folder or a device that cannot be used; threads refused.
+    /// An optimizer that cannot be had in this type; a disk folder or a device that cannot be used; threads refused.
     pub fn measure(options: &Options, dtype: DType) -> Result<Self> {
+        check_optimizer(dtype, options)?;
         let (h2d, d2h) = match options.target()? {
             Target::Host { .. } => {
                 let copy = copy_rate();

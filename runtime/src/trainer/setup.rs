@@ -28,7 +28,7 @@ pub fn requirements(
     options: &Options,
 ) -> Result<order::Budgets> {
     model.validate()?;
-    check_optimizer(model, options)?;
+    check_optimizer(model.dtype, options)?;
     let order_model = model.order();
     // As much as there could be; far from overflow.
     let most = u64::MAX / 4;
@@ -61,16 +61,15 @@ pub(super) fn states_of(options: &Options) -> String {
     )
 }
 
-/// Whether the optimizer can be had on this model.
-pub(super) fn check_optimizer(model: &Model, options: &Options) -> Result<()> {
+/// Whether the optimizer can be had on a model that computes in this type.
+pub(super) fn check_optimizer(dtype: DType, options: &Options) -> Result<()> {
     let misuse = |what: String| Err(Error::Misuse(what));
     if let Err(what) = options.optimizer.check(options.format()) {
         return misuse(what);
     }
-    if options.split_master && model.dtype != DType::Bf16 {
+    if options.split_master && dtype != DType::Bf16 {
         return misuse(format!(
-            "the split master is for models that compute in bf16; this one computes in {}",
-            model.dtype
+            "the split master is for models that compute in bf16; this one computes in {dtype}"
         ));
     }
     if options.split_master && options.updates == Updates::Delayed {
